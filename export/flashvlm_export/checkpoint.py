@@ -1,0 +1,208 @@
+"""A model name or folder becomes a configuration and an index of tensors; no weight is read here.
+
+Headers are parsed by hand, not through a memory map: pages of a mapped 13 GB file count as this process's resident
+memory, and the exporter promises to stay small.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashvlm.errors import CheckpointError
+
+ALIASES = {
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Everything an export reads; in particular never code, never pickles.
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+MAX_HEADER = 100 << 20  # the safetensors format's own limit
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor's bytes are: row-major, little-endian."""
+
+    name: str
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local checkpoint: its folder, ``config.json`` as a dict, and every tensor by name."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """Finds a checkpoint and indexes its tensors.
+
+    Args:
+        model: an alias such as ``llava-1.5-7b``, a Hub id such as ``llava-hf/llava-1.5-7b-hf``, or a folder.
+        revision: branch, tag or commit on the Hub; None for its default branch.
+
+    Raises:
+        CheckpointError: nothing there, no config, no safetensors, or a file that is damaged.
+    """
+    folder = _locate(model, revision)
+    config = _read_json(folder / "config.json")
+    files = _weight_files(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for file, names in files.items():
+        found = _read_header(file)
+        for name in names or ():
+            if name not in found:
+                raise CheckpointError(
+                    f"{folder / INDEX} says {name} is in {file.name}, which does not hold it; download again"
+                )
+        for name, tensor in found.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor {name} is in both {tensors[name].file.name} and {file.name}; expected once"
+                )
+            tensors[name] = tensor
+    return Checkpoint(model, folder, config, tensors)
+
+
+def _locate(model: str, revision: str | None) -> Path:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"--revision {revision} is for models on the Hub; {model} is a folder")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
+        return folder
+    repo = ALIASES.get(model, model)
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")) or repo.endswith("/"):
+        known = ", ".join(ALIASES)
+        raise CheckpointError(
+            f"unknown model {model!r}: expected a folder, a Hub id such as owner/name, or one of {known}"
+        )
+    return _download(repo, revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except hub.GatedRepoError:
+        reason = "it is gated; ask for access on its page, then run: hf auth login"
+    except hub.RevisionNotFoundError:
+        reason = f"it has no revision {revision!r}"
+    except (hub.RepositoryNotFoundError, hub.HFValidationError):
+        reason = "the Hub has no such model, or it is private; check the name, or run: hf auth login"
+    except hub.LocalEntryNotFoundError:
+        reason = (
+            "not in the local cache, and the Hub cannot be reached; connect, unset HF_HUB_OFFLINE, or pass a folder"
+        )
+    except (OSError, hub.HfHubHTTPError) as error:
+        reason = f"download failed ({_first_line(error)}); try again, or pass a folder"
+    raise CheckpointError(f"model {repo}: {reason}")
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Weight files, each with the tensors the index expects in it (None where there is no index)."""
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map; download it again")
+        files: dict[Path, list[str] | None] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or os.path.basename(file) != file:
+                raise CheckpointError(f"{index} places {name} in {file!r}; expected a file name beside it")
+            files.setdefault(folder / file, [])
+            files[folder / file].append(name)  # type: ignore[union-attr]
+        for path in files:
+            if not path.is_file():
+                raise CheckpointError(f"{path.name} is named by {INDEX} but missing from {folder}; download it again")
+        return files
+    single = folder / SINGLE
+    if single.is_file():
+        return {single: None}
+    if any(next(folder.glob(pattern), None) for pattern in PICKLED):
+        raise CheckpointError(
+            f"{folder} has only pickled weights (.bin/.pt), which can run code when loaded; expected .safetensors: "
+            f"convert with transformers' save_pretrained, or take a revision that has them"
+        )
+    raise CheckpointError(f"{folder} has no weights; expected {SINGLE} or {INDEX}")
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Index of one safetensors file: 8-byte little-endian header size, JSON header, then the data."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(f"{file} is truncated or not safetensors ({size} bytes); download it again")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+        except ValueError:
+            raise CheckpointError(f"{file} has a damaged safetensors header; download it again") from None
+    header.pop("__metadata__", None)
+    start = 8 + length
+    tensors = {}
+    end = 0
+    for name, entry in header.items():
+        try:
+            code, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{file}: the header entry of {name} is damaged; download it again") from None
+        if code not in DTYPES:
+            raise CheckpointError(
+                f"{file}: {name} is {code}; expected one of {', '.join(DTYPES)} (quantized weights: use the original)"
+            )
+        tensor = StoredTensor(name, file, start + first, DTYPES[code], shape)
+        if last - first != tensor.nbytes:
+            raise CheckpointError(
+                f"{file}: {name} {list(shape)} needs {tensor.nbytes} bytes, its entry spans {last - first}"
+            )
+        tensors[name] = tensor
+        end = max(end, last)
+    if start + end != size:
+        raise CheckpointError(
+            f"{file} is truncated or damaged: expected {start + end} bytes, found {size}; download it again"
+        )
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,163 @@
+"""LLaVA-1.5: a CLIP tower with a CLS token, an MLP projector, a Llama language model (arXiv 2310.03744)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+
+from flashvlm.bundle import FloatType, ModelSpec
+from flashvlm.errors import CheckpointError
+from flashvlm.images import ImagePreprocess
+
+NAME = "llava"
+VISION_TYPES = ("clip_vision_model",)
+TEXT_TYPES = ("llama",)
+
+# Names of checkpoints on the Hub (left) and of transformers 5 modules (right).
+RENAMES = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+)
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+# Buffers that old transformers saved and new ones compute.
+COMPUTED = re.compile(r"(embeddings\.position_ids|rotary_emb\.inv_freq)$")
+
+
+class Vision(nn.Module):
+    """pixel_values [B,3,H,W] -> image_tokens [B,N,D], features [B,N,Dv], saliency [B,N] float32.
+
+    Saliency is the CLS row of the block that yields the features, averaged over heads (arXiv 2512.20561, section 3).
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, blocks: int) -> None:
+        super().__init__()
+        self.vision_tower = model.model.vision_tower
+        self.multi_modal_projector = model.model.multi_modal_projector
+        # Later blocks feed nothing: LLaVA-1.5 takes its features from block -2.
+        self.vision_tower.encoder.layers = self.vision_tower.encoder.layers[:blocks]
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tower = self.vision_tower(pixel_values, output_attentions=True)
+        features = tower.last_hidden_state[:, 1:]  # [B,N,Dv], CLS dropped
+        saliency = tower.attentions[-1].mean(dim=1)[:, 0, 1:]  # [B,N]
+        return self.multi_modal_projector(features), features, saliency
+
+
+def read_config(config: dict[str, Any]) -> LlavaConfig:
+    """Parses and checks a ``config.json``.
+
+    Raises:
+        CheckpointError: a variant of LLaVA this family does not cover.
+    """
+    parsed = LlavaConfig.from_dict(config)
+    for part, found, expected in (
+        ("vision_config.model_type", parsed.vision_config.model_type, VISION_TYPES),
+        ("text_config.model_type", parsed.text_config.model_type, TEXT_TYPES),
+        ("vision_feature_select_strategy", parsed.vision_feature_select_strategy, ("default",)),
+    ):
+        if found not in expected:
+            raise CheckpointError(f"config.json: {part} is {found!r}; family {NAME} supports {' or '.join(expected)}")
+    if "quantization_config" in config:
+        raise CheckpointError("config.json: the checkpoint is quantized; expected float16, bfloat16 or float32 weights")
+    vision_blocks(parsed)
+    return parsed
+
+
+def vision_blocks(config: LlavaConfig) -> int:
+    """How many vision blocks run before the features are taken."""
+    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int) or not -depth <= layer <= depth or layer == 0:
+        raise CheckpointError(f"config.json: vision_feature_layer is {layer!r}; expected one block of the {depth}")
+    return layer if layer > 0 else depth + 1 + layer
+
+
+def build(config: LlavaConfig, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    """transformers' own model, weights in ``dtype``; call under ``torch.device("meta")``."""
+    # Not model.to(dtype): that would also round the rotary frequencies, which transformers keeps in float32.
+    return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+
+
+def vision(model: LlavaForConditionalGeneration) -> nn.Module:
+    return Vision(model, vision_blocks(model.config))
+
+
+def language(model: LlavaForConditionalGeneration) -> tuple[nn.Module, nn.Module]:
+    """The decoder layers with their final norm, and the output head."""
+    return model.model.language_model, model.lm_head
+
+
+def embedding_name() -> str:
+    return "model.language_model.embed_tokens.weight"
+
+
+def canonical_name(name: str) -> str | None:
+    """transformers' module path for a checkpoint tensor; None for a buffer that is computed instead."""
+    if COMPUTED.search(name):
+        return None
+    for pattern, replacement in RENAMES:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def is_unused(config: LlavaConfig, name: str) -> bool:
+    """Whether a parameter feeds nothing: the tower behind the block the features come from, and its final norm."""
+    block = re.match(r"model\.vision_tower\.encoder\.layers\.(\d+)\.", name)
+    if block:
+        return int(block[1]) >= vision_blocks(config)
+    return name.startswith("model.vision_tower.post_layernorm.")
+
+
+def model_spec(
+    config: LlavaConfig, name: str, dtype: FloatType, max_seq: int | None, eos: tuple[int, ...]
+) -> ModelSpec:
+    text, tower = config.text_config, config.vision_config
+    side = tower.image_size // tower.patch_size
+    return ModelSpec(
+        name=name,
+        family=NAME,
+        dtype=dtype,
+        num_image_tokens=side * side,
+        image_grid=(side, side),
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_key_value_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        vocab_size=text.vocab_size,
+        max_seq=max_seq or text.max_position_embeddings,
+        image_token_id=config.image_token_id,
+        eos_token_ids=eos,
+    )
+
+
+def feature_size(config: LlavaConfig) -> int:
+    return config.vision_config.hidden_size
+
+
+def image_preprocess(processor: Any, config: LlavaConfig) -> ImagePreprocess:
+    """The image processor's settings in the bundle's own terms, checked against the tower."""
+    p = processor.image_processor
+    size, crop = dict(p.size), dict(p.crop_size)
+    side = config.vision_config.image_size
+    if not (p.do_resize and p.do_center_crop and p.do_rescale and p.do_normalize) or "shortest_edge" not in size:
+        raise CheckpointError(
+            "preprocessor_config.json: expected resize by shortest edge, center crop, rescale and normalize"
+        )
+    if (crop["height"], crop["width"]) != (side, side):
+        raise CheckpointError(f"preprocessor_config.json: crop_size is {crop}; the vision tower takes {side} x {side}")
+    return ImagePreprocess(
+        resize="shortest_edge",
+        size=(size["shortest_edge"], size["shortest_edge"]),
+        resample=RESAMPLE[int(p.resample)],  # type: ignore[arg-type]
+        crop=(side, side),
+        rescale=p.rescale_factor,
+        mean=tuple(p.image_mean),
+        std=tuple(p.image_std),
+    )

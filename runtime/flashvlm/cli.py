@@ -1,0 +1,204 @@
+"""flashvlm-run: ask a bundle about an image, once or in a conversation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flashvlm import cli_support
+from flashvlm.errors import FlashVLMError, ImageError, PromptError, SelectionError
+
+if TYPE_CHECKING:
+    from flashvlm.pipeline import Answer, Pipeline, Stream
+
+app = cli_support.new_app()
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Folder that flashvlm-export wrote.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; leave out for text alone.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question; leave out to chat.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Visual tokens to keep, or all; the smallest exported.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 picks the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0 for no limit.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that add up to p.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Write a picture of the kept patches, such as kept.png.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Add a table of tokens and milliseconds a stage.")] = False,
+    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; every core if not given.")] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check every file's SHA-256 first.")] = True,
+) -> None:
+    """Ask a bundle a question about an image."""
+    images = image or []
+    if len(images) > 1:
+        raise PromptError(f"expected one --image, found {len(images)}; several images in one prompt are not supported")
+    source = images[0] if images else None
+    if show is not None:
+        _check_show(show, source)
+    if prompt is None and (json_output or show is not None):
+        raise PromptError("--json and --show need a --prompt")
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    pipeline = _open(bundle, provider, threads, verify)
+    if prompt is None:
+        _chat(pipeline, source, _budget(budget), options)
+        return
+    stream = pipeline.stream(source, prompt, budget=_budget(budget), **options)
+    answer = _drain(stream, silent=json_output)
+    if show is not None and source is not None:
+        _save_picture(pipeline, source, prompt, answer, show)
+    if json_output:
+        typer.echo(json.dumps(to_json(answer)))
+    if stats:
+        _print_stats(pipeline, answer)
+
+
+def _open(bundle: Path, provider: str, threads: int | None, verify: bool) -> Pipeline:
+    from flashvlm.pipeline import Pipeline
+
+    with cli_support.waiting("loading"):
+        return Pipeline.from_bundle(bundle, provider=provider, threads=threads, verify=verify)
+
+
+def _budget(text: str | None) -> int | Literal["all"] | None:
+    if text is None:
+        return None
+    if text == "all":
+        return "all"
+    try:
+        return int(text)
+    except ValueError:
+        raise SelectionError(f"--budget {text!r}: expected a whole number of tokens, or all") from None
+
+
+def _drain(stream: Stream, silent: bool) -> Answer:
+    """Prints the pieces as they come."""
+    for piece in stream:
+        if not silent:
+            typer.echo(piece, nl=False)
+    if not silent:
+        typer.echo("")
+    assert stream.answer is not None
+    return stream.answer
+
+
+def _chat(
+    pipeline: Pipeline, source: Path | None, budget: int | Literal["all"] | None, options: dict[str, Any]
+) -> None:
+    """Reads questions until the end of input; each selects its own visual tokens, vision runs once."""
+    conversation = pipeline.conversation(source, budget=budget)
+    typer.echo("Ask; an empty line or Ctrl-D ends.", err=True)
+    while True:
+        typer.echo("> ", nl=False, err=True)
+        try:
+            question = input()
+        except EOFError:
+            typer.echo("", err=True)
+            return
+        if not question.strip():
+            return
+        try:
+            _drain(conversation.stream(question, **options), silent=False)
+        except PromptError as error:  # the conversation goes on without this question
+            typer.echo(f"error: {error}", err=True)
+
+
+def to_json(answer: Answer) -> dict[str, Any]:
+    """An answer as plain JSON values; milliseconds rounded to microseconds."""
+    timings = answer.timings
+    return {
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "stop_reason": answer.stop_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "image_tokens": answer.image_tokens,
+        "new_tokens": len(answer.token_ids),
+        "kept": None if answer.kept is None else answer.kept.tolist(),
+        "is_top": None if answer.is_top is None else answer.is_top.tolist(),
+        "milliseconds": {
+            "preprocess": round(timings.preprocess, 3),
+            "vision": round(timings.vision, 3),
+            "select": round(timings.select, 3),
+            "prefill": round(timings.prefill, 3),
+            "decode": [round(step, 3) for step in timings.decode],
+        },
+    }
+
+
+def _check_show(path: Path, source: Path | None) -> None:
+    if source is None:
+        raise ImageError("--show needs an --image")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ImageError(f"--show {path}: expected a name ending in .png, .jpg or .webp")
+    if not path.parent.is_dir():
+        raise ImageError(f"--show {path}: the folder {path.parent} does not exist; create it first")
+
+
+def _save_picture(pipeline: Pipeline, source: Path, prompt: str, answer: Answer, path: Path) -> None:
+    from flashvlm.images import crop_box, load_image
+    from flashvlm.picture import draw_kept
+
+    manifest = pipeline.bundle.manifest
+    image = load_image(source)
+    assert answer.kept is not None
+    assert answer.is_top is not None
+    assert answer.scores is not None
+    box = crop_box(image.size, manifest.image)
+    grid = manifest.model.image_grid
+    picture = draw_kept(image, answer.kept, answer.is_top, answer.scores, grid, box, prompt, answer.text)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        picture.save(partial, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else path.suffix[1:].upper())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise FlashVLMError(f"--show {path} cannot be written: {error.strerror or error}") from None
+    typer.echo(f"wrote {path}", err=True)
+
+
+def _print_stats(pipeline: Pipeline, answer: Answer) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    timings, model = answer.timings, pipeline.bundle.manifest.model
+    new = len(answer.token_ids)
+    text_tokens = answer.prompt_tokens - answer.image_tokens
+    rows = [
+        ("preprocess", "", timings.preprocess),
+        ("vision", f"{model.num_image_tokens} image tokens", timings.vision),
+        ("select", f"{answer.image_tokens} kept of {model.num_image_tokens}", timings.select),
+        (
+            "prefill",
+            f"{answer.prompt_tokens} = {text_tokens} text + {answer.image_tokens} image",
+            timings.prefill,
+        ),
+    ]
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("stage", "left"), ("tokens", "left"), ("ms", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for stage, tokens, milliseconds in rows:
+        table.add_row(stage, tokens, f"{milliseconds:.2f}")
+    for step, milliseconds in enumerate(timings.decode, start=2):
+        table.add_row("decode", f"new token {step}", f"{milliseconds:.2f}")
+    table.add_row("total", f"{new} new", f"{timings.total:.2f}")
+    Console(stderr=True, soft_wrap=True).print(table)
+
+
+def main() -> None:
+    cli_support.run(app, "flashvlm-run")
+
+
+if __name__ == "__main__":
+    main()

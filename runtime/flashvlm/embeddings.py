@@ -1,0 +1,24 @@
+"""The token embedding table: memory-mapped, gathered on the host."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from flashvlm.errors import BundleError
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def open_table(path: Path) -> np.ndarray:
+    """Maps the one tensor of a safetensors file, [V,D] in its own dtype; rows are read when gathered."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            (entry,) = json.loads(file.read(length)).values()
+            return np.memmap(path, DTYPES[entry["dtype"]], mode="r", offset=8 + length, shape=tuple(entry["shape"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BundleError(f"{path} is damaged; export the bundle again") from None

@@ -1,0 +1,109 @@
+"""Prefill and decode: embeddings of a batch of prompts in, tokens out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from flashvlm.errors import PromptError
+from flashvlm.sampling import Sampler
+from flashvlm.sessions import Session
+
+CACHE_STEP = 64  # capacities come in few sizes, so that buffers and compiled shapes are reused
+
+StopReason = Literal["stop token", "length"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt as the decoder reads it: embeds [T,D], position_ids int64 [T]."""
+
+    embeds: np.ndarray
+    position_ids: np.ndarray
+
+
+@dataclass
+class Timings:
+    """Wall milliseconds of each stage; ``vision`` is 0 when the image's features were cached."""
+
+    preprocess: float = 0.0
+    vision: float = 0.0
+    select: float = 0.0
+    prefill: float = 0.0
+    decode: list[float] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return self.preprocess + self.vision + self.select + self.prefill + sum(self.decode)
+
+
+def check_capacity(rows: list[Row], max_new_tokens: int, max_seq: int) -> int:
+    """How many tokens may be generated before the longest row fills the cache.
+
+    Raises:
+        PromptError: a prompt does not fit with at least one new token.
+    """
+    if max_new_tokens < 1:
+        raise PromptError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    longest = max(len(row.position_ids) for row in rows)
+    if longest > max_seq:
+        raise PromptError(
+            f"the prompt is {longest} tokens long with its image; this bundle holds {max_seq}: "
+            f"shorten it, use a smaller budget, or export with a larger --max-seq"
+        )
+    # The last new token is never fed back, so it needs no slot.
+    return min(max_new_tokens, max_seq - longest + 1)
+
+
+def generate_tokens(
+    session: Session,
+    embedding: np.ndarray,
+    rows: list[Row],
+    sampler: Sampler,
+    stop: frozenset[int],
+    limit: int,
+    timings: Timings,
+) -> Iterator[list[int | None]]:
+    """Yields, a step at a time, the new token of every row; None for a row that has ended.
+
+    A stop token ends its row and is not yielded. ``limit`` comes from ``check_capacity``.
+    """
+    lengths = np.array([len(row.position_ids) for row in rows], dtype=np.int64)  # [B]
+    longest = int(lengths.max())
+    capacity = -(-(longest + limit - 1) // CACHE_STEP) * CACHE_STEP
+    cache = session.new_cache(len(rows), capacity)
+    embeds = np.zeros((len(rows), longest, embedding.shape[1]), dtype=embedding.dtype)  # [B,T,D], right-padded
+    positions = np.zeros((len(rows), longest), dtype=np.int64)
+    for b, row in enumerate(rows):
+        embeds[b, : lengths[b]] = row.embeds
+        positions[b, : lengths[b]] = row.position_ids
+    next_position = np.array([row.position_ids[-1] + 1 for row in rows], dtype=np.int64)
+    slot = np.zeros(len(rows), dtype=np.int64)
+
+    started = time.perf_counter()
+    logits = session.decode(embeds, positions, slot, lengths, cache)
+    timings.prefill = _milliseconds(started)
+    slot = lengths.copy()
+    ended = np.zeros(len(rows), dtype=bool)
+    for step in range(limit):
+        tokens = sampler(logits)
+        ended |= np.isin(tokens, list(stop))
+        if ended.all():
+            return
+        yield [None if done else int(token) for token, done in zip(tokens, ended, strict=True)]
+        if step == limit - 1:
+            return
+        started = time.perf_counter()
+        one = np.ones(len(rows), dtype=np.int64)
+        logits = session.decode(embedding[tokens][:, None], next_position[:, None], slot, one, cache)
+        timings.decode.append(_milliseconds(started))
+        next_position += 1
+        slot += 1
+
+
+def _milliseconds(started: float) -> float:
+    return (time.perf_counter() - started) * 1e3

@@ -1,0 +1,240 @@
+"""Images: any file, bytes, PIL image or array -> RGB -> the float32 pixels that a vision tower expects.
+
+The arithmetic follows transformers' PIL image processors step by step (resize in uint8, centre crop, rescale
+in float64, normalise in float32), so that a bundle answers as its checkpoint does, without transformers.
+"""
+
+import hashlib
+import io
+import os
+import warnings
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flashvlm.errors import ImageError
+
+# Pillow's own decompression-bomb error threshold: above it `Image.open` raises whatever we would like.
+MAX_PIXELS = 178_956_970
+# Resizing the short edge of a 1 x 100,000 strip to 336 would ask for 11 gigapixels.
+MAX_ASPECT = 200
+
+ImageSource = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray
+
+_RESAMPLE = {
+    "nearest": PIL.Image.Resampling.NEAREST,
+    "bilinear": PIL.Image.Resampling.BILINEAR,
+    "bicubic": PIL.Image.Resampling.BICUBIC,
+    "lanczos": PIL.Image.Resampling.LANCZOS,
+}
+
+
+def load_image(source: ImageSource) -> PIL.Image.Image:
+    """Read an image as RGB.
+
+    `source` is a path, the bytes of an image file, a PIL image or an array, [H,W] or [H,W,C] with C in 1,
+    3, 4, uint8 or float in [0, 1]. EXIF orientation is applied, the first frame of an animation is taken,
+    transparency is composited on white (as transformers' `convert_to_rgb` does), and 16-bit gray is scaled
+    to 8 bits (plain PIL would saturate it).
+
+    Raises ImageError for anything that cannot be read, is empty, has more than MAX_PIXELS pixels (checked in
+    the header, before decoding) or has one side over MAX_ASPECT times the other. URLs are not fetched.
+    """
+    # Pillow warns about large images, odd EXIF and palettes with transparency; all three are handled below.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if isinstance(source, PIL.Image.Image):
+            return _decode(source, "PIL image")
+        if isinstance(source, np.ndarray):
+            return _decode(_from_array(source), "array")
+        if isinstance(source, bytes):
+            return _open(io.BytesIO(source), "image bytes")
+        if isinstance(source, (str, os.PathLike)):
+            return _from_path(os.fspath(source))
+    found = type(source).__name__
+    raise ImageError(f"image: expected a path, bytes, a PIL image or an array, found {found}; convert it first")
+
+
+def image_digest(image: PIL.Image.Image) -> str:
+    """sha256 (hex) of mode, size and pixels: equal for equal pictures, however they were stored."""
+    digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\n".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+class ImagePreprocess(BaseModel):
+    """How a vision tower wants its pixels. Sizes are (height, width); mean and std apply after rescale."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resize: Literal["shortest_edge", "exact"]
+    size: tuple[int, int]
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    crop: tuple[int, int] | None = None
+    rescale: float = Field(default=1 / 255, gt=0)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @model_validator(mode="after")
+    def _check(self) -> "ImagePreprocess":
+        if min(self.size) < 1 or (self.crop and min(self.crop) < 1):
+            raise ValueError(f"expected positive sizes, found size {self.size} and crop {self.crop}")
+        if self.resize == "shortest_edge" and self.size[0] != self.size[1]:
+            raise ValueError(f"shortest_edge needs size (edge, edge), found {self.size}")
+        if self.crop and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
+            raise ValueError(f"crop {self.crop} is larger than the resized image {self.size}; padding is not supported")
+        if min(self.std) <= 0:
+            raise ValueError(f"expected std > 0, found {self.std}")
+        return self
+
+
+def preprocess(image: PIL.Image.Image, p: ImagePreprocess) -> np.ndarray:
+    """RGB image -> float32 [3,H,W]; H, W = `p.crop`, or the size after resizing when there is no crop."""
+    if image.mode != "RGB":
+        image = load_image(image)
+    image = image.resize(_resized(image.size, p), _RESAMPLE[p.resample])
+    if p.crop:
+        image = image.crop(_centre(image.size, p.crop))
+    # float64 for the product and float32 from there on: transformers' own order of rounding.
+    scaled = (np.asarray(image).astype(np.float64) * p.rescale).astype(np.float32)
+    pixels = (scaled - np.asarray(p.mean, np.float32)) / np.asarray(p.std, np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def crop_box(image_size: tuple[int, int], p: ImagePreprocess) -> tuple[float, float, float, float]:
+    """The (left, top, right, bottom) of the original image, in its pixels, that the model sees.
+
+    `image_size` is (width, height) as in `PIL.Image.size`.
+    """
+    width, height = image_size
+    resized_width, resized_height = _resized(image_size, p)
+    crop = p.crop or (resized_height, resized_width)
+    left, top, right, bottom = _centre((resized_width, resized_height), crop)
+    sx, sy = width / resized_width, height / resized_height
+    return left * sx, top * sy, right * sx, bottom * sy
+
+
+def _resized(image_size: tuple[int, int], p: ImagePreprocess) -> tuple[int, int]:
+    """(width, height) after resizing. The long edge is truncated, not rounded, as in transformers."""
+    if p.resize == "exact":
+        return p.size[1], p.size[0]
+    width, height = image_size
+    edge = p.size[0]
+    if width <= height:
+        return edge, int(edge * height / width)
+    return int(edge * width / height), edge
+
+
+def _centre(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a centred crop (height, width) in an image of `size` (width, height)."""
+    left, top = (size[0] - crop[1]) // 2, (size[1] - crop[0]) // 2
+    return left, top, left + crop[1], top + crop[0]
+
+
+def _from_path(path: str | bytes) -> PIL.Image.Image:
+    name = os.fsdecode(path)
+    if "://" in name[:16] or name.startswith("data:"):
+        remedy = "URLs are not fetched; download it and pass the path"
+        raise ImageError(f"{_short(name)}: expected a file, found a URL; {remedy}")
+    try:
+        with open(path, "rb") as file:
+            return _open(file, _short(name))
+    except FileNotFoundError:
+        raise ImageError(f"{_short(name)}: expected an image file, found nothing there; check the path") from None
+    except IsADirectoryError:
+        raise ImageError(f"{_short(name)}: expected an image file, found a folder; name a file in it") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(
+            f"{_short(name)}: expected a readable image file, found: {_reason(error)}; check the path"
+        ) from None
+
+
+def _open(file: io.IOBase, name: str) -> PIL.Image.Image:
+    try:
+        # Reads the header only; the plugins that look deeper may raise almost anything on a damaged file.
+        image = PIL.Image.open(file)  # type: ignore[arg-type]
+    except PIL.Image.DecompressionBombError:
+        raise ImageError(f"{name}: expected at most {MAX_PIXELS:,} pixels, found more; downscale it first") from None
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f"{name}: expected an image (PNG, JPEG, WebP, ...), found another kind of file") from None
+    except Exception as error:
+        raise ImageError(f"{name}: expected an image, found a damaged file ({_reason(error)}); save it again") from None
+    with image:
+        return _decode(image, name)
+
+
+def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    _check_size(image.size, name)
+    try:
+        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:
+        # Decoders of damaged files raise OSError, SyntaxError, struct.error, zlib.error, IndexError, ...
+        raise ImageError(
+            f"{name}: expected a complete image, found a damaged one ({_reason(error)}); save it again"
+        ) from None
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: expected at least 1 x 1 pixels, found {width} x {height}")
+    if width * height > MAX_PIXELS:
+        found = f"{width} x {height} = {width * height:,}"
+        raise ImageError(f"{name}: expected at most {MAX_PIXELS:,} pixels, found {found}; downscale it first")
+    if max(size) > MAX_ASPECT * min(size):
+        found = f"{width} x {height}"
+        raise ImageError(f"{name}: expected an aspect ratio up to {MAX_ASPECT}:1, found {found}; crop or pad it first")
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_gray(image)
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha converts to straight alpha only
+        image = image.convert(image.mode.upper())
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return PIL.Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_gray(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Gray of more than 8 bits -> RGB: "I;16", "I" (16-bit PNG before Pillow 11, PNM) and "F" in [0, 1]."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return _from_array(values).convert("RGB")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ImageError(f"expected 16-bit gray values in 0..65535, found {low}..{high}; save it as 8 or 16 bits")
+    return PIL.Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> PIL.Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        found = f"shape {array.shape}"
+        raise ImageError(f"array: expected H x W or H x W x 1, 3 or 4, found {found}; put channels last")
+    if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
+        raise ImageError(f"array: expected uint8 or float in [0, 1], found {array.dtype}; convert it first")
+    _check_size((array.shape[1], array.shape[0]), "array")
+    if array.dtype != np.uint8:
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= 1):  # also refuses NaN
+            raise ImageError(f"array: expected floats in [0, 1], found {low:g}..{high:g}; scale it first")
+        array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    return PIL.Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
+
+
+def _short(name: str) -> str:
+    # Keep a message on one readable line, even for a data: URL or a name with line breaks.
+    name = name.replace("\n", "\\n")
+    return name if len(name) <= 200 else name[:200] + "..."
+
+
+def _reason(error: Exception) -> str:
+    # OSError's own text repeats the whole path.
+    return _short(getattr(error, "strerror", None) or str(error) or type(error).__name__)
