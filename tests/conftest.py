@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +31,22 @@ def _write(like: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("checkpoints") / like
     return checkpoints.write_checkpoint(like, folder, dtype="float32").folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint at budgets 4 and 7 of 16, whole prompt as query, original positions kept."""
+    return _export(tiny_checkpoint, tmp_path_factory, budgets=(4, 7), query="prompt", positions="keep")
+
+
+@pytest.fixture(scope="session")
+def tiny_gqa_bundle(tiny_gqa_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The awkward checkpoint at budget 5 of 25 with defaults, and the fused prefill graph."""
+    return _export(tiny_gqa_checkpoint, tmp_path_factory, budgets=(5,), layout="fused")
+
+
+def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, **options: Any) -> Path:
+    from flashvlm_export.exporter import ExportOptions, export
+
+    out = tmp_path_factory.mktemp("bundles") / "bundle"
+    return export(ExportOptions(model=str(checkpoint), out=out, **options)).out
