@@ -1,0 +1,85 @@
+"""The commands of the README and of docs/, run as they stand in a copy of the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+EXCLUDED = (".git", ".venv", "demo-out", "*cache*")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A copy of the tree in which scripts/demo ran twice, and what the second run printed."""
+    tree = tmp_path_factory.mktemp("readme") / "flashvlm"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*EXCLUDED))
+    # The environment the tests run in stands for the one scripts/demo would install.
+    (tree / ".venv").mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (tree / ".venv" / name).symlink_to(Path(sys.prefix, name))
+    want = subprocess.check_output("cat pyproject.toml constraints.txt | cksum", shell=True, cwd=tree, text=True)
+    (tree / ".venv" / "installed-export,cpu").write_text(f"export,cpu {want}")
+    assert "error" not in run("scripts/demo", tree)
+    return tree, run("scripts/demo", tree)
+
+
+def run(command: str, folder: Path) -> str:
+    environment = os.environ | {"PATH": f"{folder}/.venv/bin:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_demo_answers_and_draws(demo: tuple[Path, str]) -> None:
+    tree, printed = demo
+    for stage in ("preprocess", "vision", "select", "prefill", "decode"):
+        assert re.search(rf"^{stage}\b.*\d+\.\d\d$", printed, re.MULTILINE), stage
+    assert "64 kept of 576" in printed
+    assert re.search(r"^A: \S+", printed, re.MULTILINE)
+    with Image.open(tree / "demo-out" / "kept.png") as picture:
+        assert picture.width > 1000
+
+
+def test_the_commands_of_the_readme_run(demo: tuple[Path, str]) -> None:
+    tree, _ = demo
+    shutil.copy(tree / "scripts" / "assets" / "still_life.jpg", tree / "cat.jpg")
+    first, own = blocks("README.md", "bash")
+    assert [line.split()[0] for line in first.splitlines()] == ["scripts/demo", "scripts/test"]
+    ran = 0
+    for line in own.splitlines():
+        if line.startswith("flashvlm-"):
+            # No hub in a test; the random model of the demo has LLaVA-1.5's 576 image tokens.
+            line = line.replace("--model llava-1.5-7b", "--model demo-out/checkpoint")
+            run(f"echo 'What is it?' | {line}", tree)
+            ran += 1
+    assert ran == 3
+    (python,) = blocks("README.md", "python")
+    (tree / "example.py").write_text(python)
+    assert run("python example.py", tree).strip()
+
+
+def test_the_python_of_the_design_document_runs() -> None:
+    (python,) = blocks("docs/design.md", "python")
+    scope: dict[str, object] = {}
+    exec(compile(python, "docs/design.md", "exec"), scope)
+    assert scope["selection"].kept.shape == (2, 64)  # type: ignore[attr-defined]
+
+
+def test_documents_name_files_that_exist() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
