@@ -1,8 +1,14 @@
-"""Fixtures shared by all tests: small random checkpoints in the layout of the hub's LLaVA-1.5 folders."""
+"""Fixtures shared by all tests: small random checkpoints in the layout of the hub's LLaVA-1.5 folders, and bundles.
+
+Each is made once a run, whichever worker needs it first. Tests only read them; those that edit take a copy.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +17,66 @@ import pytest
 # scripts/ is no package; its modules are imported by name, as the scripts themselves do.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+Make = Callable[[Path], object]
+Once = Callable[[str, Make], Path]
+
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """once(name, make): the folder ``make`` wrote, in this worker or in another."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # xdist gives each worker a folder below
+
+    def path_of(name: str, make: Make) -> Path:
+        out = shared / "once" / name
+        out.parent.mkdir(exist_ok=True)
+        with out.with_name(f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not out.exists():
+                make(out)
+        return out
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(once: Once) -> Path:
     """A float32 LLaVA of 0.1 M parameters: 16 image tokens, 2 language layers of 4 heads."""
-    return _write("tiny", tmp_path_factory)
+    return once("tiny", lambda out: _write("tiny", out))
 
 
 @pytest.fixture(scope="session")
-def tiny_gqa_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_gqa_checkpoint(once: Once) -> Path:
     """Awkward sizes: 25 image tokens, 6 heads over 2 key-value heads, padded vocabulary."""
-    return _write("tiny-gqa", tmp_path_factory)
+    return once("tiny-gqa", lambda out: _write("tiny-gqa", out))
 
 
-def _write(like: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+def _write(like: str, out: Path) -> None:
     import checkpoints
 
-    folder = tmp_path_factory.mktemp("checkpoints") / like
-    return checkpoints.write_checkpoint(like, folder, dtype="float32").folder
+    checkpoints.write_checkpoint(like, out, dtype="float32")
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_checkpoint: Path, once: Once) -> Path:
     """The tiny checkpoint at budgets 4 and 7 of 16, whole prompt as query, original positions kept."""
-    return _export(tiny_checkpoint, tmp_path_factory, budgets=(4, 7), query="prompt", positions="keep")
+    options = {"budgets": (4, 7), "query": "prompt", "positions": "keep"}
+    return once("tiny-bundle", lambda out: _export(tiny_checkpoint, out, **options))
 
 
 @pytest.fixture(scope="session")
-def tiny_gqa_bundle(tiny_gqa_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_gqa_bundle(tiny_gqa_checkpoint: Path, once: Once) -> Path:
     """The awkward checkpoint at budget 5 of 25 with defaults, and the fused prefill graph."""
-    return _export(tiny_gqa_checkpoint, tmp_path_factory, budgets=(5,), layout="fused")
+    return once("gqa-bundle", lambda out: _export(tiny_gqa_checkpoint, out, budgets=(5,), layout="fused"))
 
 
-def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, **options: Any) -> Path:
+@pytest.fixture(scope="session")
+def tiny_gqa_legacy_bundle(tiny_gqa_checkpoint: Path, once: Once) -> Path:
+    """The awkward checkpoint in primitives of opset 20."""
+    return once("gqa-legacy-bundle", lambda out: _export(tiny_gqa_checkpoint, out, budgets=(5,), dialect="legacy"))
+
+
+def _export(checkpoint: Path, out: Path, **options: Any) -> None:
     from flashvlm_export.exporter import ExportOptions, export
 
-    out = tmp_path_factory.mktemp("bundles") / "bundle"
-    return export(ExportOptions(model=str(checkpoint), out=out, **options)).out
+    export(ExportOptions(model=str(checkpoint), out=out, **options))

@@ -25,6 +25,7 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Everything an export reads; in particular never code, never pickles.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 MAX_HEADER = 100 << 20  # the safetensors format's own limit
+HUB_TIMEOUT = 20  # seconds
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -70,7 +71,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         CheckpointError: nothing there, no config, no safetensors, or a file that is damaged.
     """
     folder = _locate(model, revision)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     files = _weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
     for file, names in files.items():
@@ -107,23 +108,35 @@ def _locate(model: str, revision: str | None) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+        reachable = True
+        try:
+            # snapshot_download asks the same first, but waits without limit for a network that swallows packets.
+            HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
+        except (hub.HfHubHTTPError, hub.HFValidationError):
+            pass  # an answer: snapshot_download says what it means
+        except Exception:  # of whichever HTTP library huggingface_hub is built on
+            reachable = False
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, local_files_only=not reachable)
+        )
     except hub.GatedRepoError:
         reason = "it is gated; ask for access on its page, then run: hf auth login"
     except hub.RevisionNotFoundError:
         reason = f"it has no revision {revision!r}"
-    except (hub.RepositoryNotFoundError, hub.HFValidationError):
+    except hub.HFValidationError:
+        reason = "there is no such folder, and a Hub id looks like owner/name"
+    except hub.RepositoryNotFoundError:
         reason = "the Hub has no such model, or it is private; check the name, or run: hf auth login"
     except hub.LocalEntryNotFoundError:
         reason = (
             "not in the local cache, and the Hub cannot be reached; connect, unset HF_HUB_OFFLINE, or pass a folder"
         )
-    except (OSError, hub.HfHubHTTPError) as error:
-        reason = f"download failed ({_first_line(error)}); try again, or pass a folder"
+    except Exception as error:  # a disk, a proxy, an HTTP library, or a page that is no answer of the Hub
+        reason = f"download failed ({one_line(error)}); try again, or pass a folder"
     raise CheckpointError(f"model {repo}: {reason}")
 
 
@@ -131,7 +144,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """Weight files, each with the tensors the index expects in it (None where there is no index)."""
     index = folder / INDEX
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map; download it again")
         files: dict[Path, list[str] | None] = {}
@@ -164,16 +177,21 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{file} is truncated or not safetensors ({size} bytes); download it again")
         try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError:
-            raise CheckpointError(f"{file} has a damaged safetensors header; download it again") from None
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError):
+            header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a damaged safetensors header; download it again")
     header.pop("__metadata__", None)
+    if not header:
+        raise CheckpointError(f"{file} holds no tensors; download it again")
     start = 8 + length
     tensors = {}
-    end = 0
     for name, entry in header.items():
         try:
             code, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not isinstance(code, str) or not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{file}: the header entry of {name} is damaged; download it again") from None
         if code not in DTYPES:
@@ -186,23 +204,32 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
                 f"{file}: {name} {list(shape)} needs {tensor.nbytes} bytes, its entry spans {last - first}"
             )
         tensors[name] = tensor
-        end = max(end, last)
-    if start + end != size:
-        raise CheckpointError(
-            f"{file} is truncated or damaged: expected {start + end} bytes, found {size}; download it again"
-        )
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            raise CheckpointError(f"{file}: {tensor.name} overlaps its neighbour or leaves a gap; download it again")
+        end += tensor.nbytes
+    if end != size:
+        raise CheckpointError(f"{file} is truncated or damaged: expected {end} bytes, found {size}; download it again")
     return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}; download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def one_line(error: Exception) -> str:
+    """Libraries explain themselves over many lines; a refusal has one."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -39,6 +39,11 @@ class Layout(str, Enum):
     fused = "fused"
 
 
+class DialectOption(str, Enum):
+    modern = "modern"
+    legacy = "legacy"
+
+
 def _flag(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text)
 
@@ -56,6 +61,9 @@ def export(
     dtype: Annotated[Dtype, _flag("Weights and activations; auto takes the checkpoint's.")] = Dtype.auto,
     max_seq: Annotated[int | None, _flag("KV-cache capacity in tokens; the model's maximum if not given.")] = None,
     layout: Annotated[Layout, _flag("fused adds one graph for the whole time to first token.")] = Layout.split,
+    dialect: Annotated[
+        DialectOption, _flag("Operators: modern, or legacy for TensorRT 10.3 (JetPack 6.2).")
+    ] = DialectOption.modern,
     revision: Annotated[str | None, _flag("Branch, tag or commit on the Hub.")] = None,
     force: Annotated[bool, _flag("Replace an existing bundle.", "--force")] = False,
     eta: Annotated[float, _flag("Weight of the question against saliency, 0 to 1.")] = 0.5,
@@ -76,9 +84,10 @@ def export(
             from flashvlm_export.exporter import ExportOptions
             from flashvlm_export.exporter import export as run_export
             from flashvlm_export.selection import SelectionParams
-        except ImportError as error:
+        except ImportError as error:  # also what a version too old or a broken install lead to, hence the reason
             raise FlashVLMError(
-                f"{error.name} is not installed; install it with: pip install 'flashvlm[export]'"
+                f"{error.name} is not installed or does not import ({error}); "
+                f"install it with: pip install --upgrade 'flashvlm[export]'"
             ) from None
         starting(1)
         params = SelectionParams(
@@ -102,6 +111,7 @@ def export(
             dtype=dtype.value,
             max_seq=max_seq,
             layout=layout.value,
+            dialect=dialect.value,
             revision=revision,
             force=force,
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import resource
-import shutil
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import onnx_ir as ir
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from flashvlm import __version__
@@ -29,15 +30,19 @@ from flashvlm.bundle import (
     Manifest,
     ModelSpec,
     SelectionSpec,
+    first_problem,
     prefill_graph,
     select_graph,
     sha256,
 )
 from flashvlm.errors import CheckpointError, FlashVLMError, SelectionError
+from flashvlm.processor import TextProcessor
 from flashvlm_export import graphs, weights
-from flashvlm_export.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from flashvlm_export.checkpoint import Checkpoint, StoredTensor, one_line, open_checkpoint, read_json
+from flashvlm_export.dialects import DIALECTS, DialectName
 from flashvlm_export.families import family_of
 from flashvlm_export.onnx_export import TracedGraph, fake_weights, trace
+from flashvlm_export.output import check_apart, check_out, check_space, whole_or_not
 from flashvlm_export.selection import METHODS, SelectionParams
 
 PACKAGES = ("torch", "transformers", "onnx-ir", "onnxscript")
@@ -69,6 +74,7 @@ class ExportOptions:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     max_seq: int | None = None
     layout: Literal["split", "fused"] = "split"
+    dialect: DialectName = "modern"
     revision: str | None = None
     force: bool = False
 
@@ -92,23 +98,30 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
     """
     progress = progress or NoProgress()
     started = time.perf_counter()
-    _check_out(options.out, options.force)
+    check_out(options.out, options.force)
     if options.method not in METHODS:
         raise SelectionError(f"unknown method {options.method!r}; expected one of {', '.join(METHODS)}")
+    if options.layout == "fused" and options.dialect == "legacy":
+        raise FlashVLMError("--layout fused needs a cache written in the graph; --dialect legacy has none, use split")
+    dialect = DIALECTS[options.dialect]
     checkpoint = open_checkpoint(options.model, options.revision)
+    check_apart(options.out, checkpoint.folder)
     family = family_of(checkpoint.config)
-    config = family.read_config(checkpoint.config)
-    processor = _load_processor(checkpoint)
     dtype = _dtype(checkpoint) if options.dtype == "auto" else options.dtype
-    spec = family.model_spec(
-        config, Path(options.model).name, dtype, _max_seq(options, config), _eos(checkpoint, processor)
-    )
+    with _describes_a_model(checkpoint.folder / "config.json"):
+        config = family.read_config(checkpoint.config)
+        config._attn_implementation = dialect.attention
+        with torch.device("meta"):
+            model = family.build(config, graphs.TORCH_DTYPES[dtype]).eval()
+        processor = _load_processor(checkpoint)
+        spec = family.model_spec(
+            config, Path(options.model).name, dtype, _max_seq(options, config), _eos(checkpoint, processor)
+        )
     _check_budgets(options, spec)
-    preprocess = family.image_preprocess(processor, config)
-
-    config._attn_implementation = graphs.ATTENTION
-    with torch.device("meta"):
-        model = family.build(config, graphs.TORCH_DTYPES[dtype]).eval()
+    with _describes_a_model(checkpoint.folder / "preprocessor_config.json"):
+        preprocess = family.image_preprocess(processor, config)
+    processor_files, text_tokens = _read_by_the_runtime(processor, checkpoint.folder, spec)
+    _check_capacity(options, spec, text_tokens)
     source = match_tensors(family, model, checkpoint, config)
 
     with fake_weights(model) as mode:
@@ -117,7 +130,7 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
         step = progress.start("tracing", len(wanted))
         traced: dict[str, TracedGraph] = {}
         for graph in wanted:
-            traced[graph.name] = trace(graph, mode)
+            traced[graph.name] = trace(graph, mode, dialect)
             step(1)
         names = {g.name: {local: parameters[id(p)] for local, p in g.module.named_parameters()} for g in wanted}
     trace_seconds = time.perf_counter() - started
@@ -132,9 +145,9 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
     embedding = weights.place([("weight", source[family.embedding_name()], False)], dtype)
     unused = _unused(family, config, source, [p for group in (*placements.values(), embedding) for p in group])
 
-    with _whole_or_not(options.out, options.force) as folder:
+    with whole_or_not(options.out, options.force) as folder:
         total = sum(p.nbytes for group in (*placements.values(), embedding) for p in group)
-        _check_space(folder, total)
+        check_space(folder, total)
         files: dict[str, FileSpec] = {}
         step = progress.start("weights", total)
         for name, placed in placements.items():
@@ -145,14 +158,16 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
         for name, result in traced.items():
             _attach(result, name, names[name], placements, source, folder)
             ir.save(result.model, folder / f"{name}.onnx")
-        processor.save_pretrained(folder / PROCESSOR)
+        (folder / PROCESSOR).mkdir()
+        for name, content in processor_files.items():
+            (folder / PROCESSOR / name).write_bytes(content)
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             name = path.relative_to(folder).as_posix()
             files.setdefault(name, FileSpec(size=path.stat().st_size, sha256=sha256(path)))
         manifest = Manifest(
             created_by={"flashvlm": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
             source=options.model,
-            dialect="modern",
+            dialect=options.dialect,
             layout=options.layout,
             model=spec,
             image=preprocess,
@@ -167,6 +182,7 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
             files=dict(sorted(files.items())),
             unused_tensors=tuple(sorted(unused)),
         )
+        check_out(options.out, options.force)  # again: minutes have passed
         # Last, because a folder without it does not load.
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -176,19 +192,20 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
 # --- checks before any work ----------------------------------------------------------------------------------------
 
 
-def _check_out(out: Path, force: bool) -> None:
-    if not out.parent.is_dir():
-        raise FlashVLMError(f"--out {out}: the folder {out.parent} does not exist; create it first")
-    if not os.access(out.parent, os.W_OK):
-        raise FlashVLMError(f"--out {out}: no permission to write in {out.parent}; choose another folder")
-    if not os.path.lexists(out):
-        return
-    if not force:
-        raise FlashVLMError(f"--out {out} exists; choose another name, or add --force to replace it")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
-        raise FlashVLMError(
-            f"--out {out} exists and is not a bundle; --force replaces only bundles, remove it yourself"
-        )
+@contextmanager
+def _describes_a_model(path: Path) -> Iterator[None]:
+    """transformers, torch and pydantic raise whatever a wrong value leads to."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except FlashVLMError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        if isinstance(error, ValidationError):
+            reason = first_problem(error)
+        raise CheckpointError(f"{path} does not describe a model of this family: {reason}; download it again") from None
 
 
 def _check_budgets(options: ExportOptions, model: ModelSpec) -> None:
@@ -208,6 +225,15 @@ def _max_seq(options: ExportOptions, config: Any) -> int | None:
     return options.max_seq
 
 
+def _check_capacity(options: ExportOptions, model: ModelSpec, text_tokens: int) -> None:
+    image_tokens = max(options.budgets, default=model.num_image_tokens)
+    if model.max_seq < image_tokens + text_tokens:
+        raise FlashVLMError(
+            f"--max-seq {model.max_seq} is too small: {image_tokens} image tokens and the shortest question need "
+            f"{image_tokens + text_tokens}; raise it, or lower --budget"
+        )
+
+
 def _dtype(checkpoint: Checkpoint) -> Any:
     """The dtype most of the checkpoint's bytes are in."""
     sizes: dict[str, int] = {}
@@ -224,16 +250,39 @@ def _load_processor(checkpoint: Checkpoint) -> Any:
         # The PIL backend: the same pixels wherever torchvision is or is not installed.
         return transformers.AutoProcessor.from_pretrained(checkpoint.folder, backend="pil", local_files_only=True)
     except Exception as error:  # transformers raises whatever the missing file led to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{checkpoint.folder}: the processor (tokenizer, image processor, chat template) does not load: {reason}"
+            f"{checkpoint.folder}: the processor (tokenizer, image processor, chat template) does not load: "
+            f"{one_line(error)}; download its files again"
         ) from None
+
+
+def _read_by_the_runtime(processor: Any, checkpoint: Path, model: ModelSpec) -> tuple[dict[str, bytes], int]:
+    """The files of a bundle's processor folder, and how many tokens of text its shortest prompt has.
+
+    The runtime's own reader tries them, as what it cannot read would be found out only on the device.
+    """
+    if not processor.chat_template:
+        raise CheckpointError(
+            f"{checkpoint} has no chat template; expected chat_template.jinja: copy it from the model's page on the Hub"
+        )
+    question = [{"type": "image"}, {"type": "text", "text": "?"}]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            processor.save_pretrained(folder)
+            prompt = TextProcessor.from_folder(folder).encode(
+                [{"role": "user", "content": question}], model.image_token_id
+            )
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+        except Exception as error:  # the refusals of the reader, and what transformers and tokenizers raise
+            reason = one_line(error).replace(folder, str(checkpoint))
+            raise CheckpointError(f"{checkpoint}: the processor cannot be put in a bundle: {reason}") from None
+    return files, len(prompt.input_ids) - 1
 
 
 def _eos(checkpoint: Checkpoint, processor: Any) -> tuple[int, ...]:
     """Stop tokens: what generation_config.json says, else the configuration, else the tokenizer."""
     path = checkpoint.folder / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    generation = read_json(path) if path.is_file() else {}
     for eos in (
         generation.get("eos_token_id"),
         checkpoint.config.get("text_config", {}).get("eos_token_id"),
@@ -289,14 +338,6 @@ def _unused(
     return [stored for _, stored in unused]
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise FlashVLMError(
-            f"disk full: the bundle needs {needed / 1e9:.2f} GB and {folder.parent} has {free / 1e9:.2f} GB free"
-        )
-
-
 # --- graphs --------------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +347,8 @@ def _graphs(
     size = config.vision_config.image_size
     image_size, width = (size, size), family.feature_size(config)
     vision = family.vision(model)
-    decoder = graphs.Decoder(*family.language(model))
+    layers, head = family.language(model)
+    decoder = graphs.Decoder(layers, head, DIALECTS[options.dialect])
     yield graphs.vision_graph(vision, spec, image_size, width)
     yield graphs.decoder_graph(decoder, spec)
     for budget in options.budgets:
@@ -356,35 +398,3 @@ def _safetensors_header(placement: weights.Placement) -> bytes:
     header = json.dumps({placement.initializer: entry}).encode()
     header += b" " * (-(8 + len(header)) % weights.ALIGNMENT)  # the table starts on a page
     return len(header).to_bytes(8, "little") + header
-
-
-# --- output --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _whole_or_not(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling of ``out`` that takes its name on success and is removed on failure."""
-    _remove_leftovers(out)
-    folder = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        folder.mkdir()
-        yield folder
-        if force and os.path.lexists(out):
-            shutil.rmtree(out)
-        folder.rename(out)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise FlashVLMError(
-            f"cannot write {out}: {error.strerror or error}; free space or choose another --out"
-        ) from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Removes what exports to the same place left when they were killed."""
-    for path in out.parent.glob(f".{out.name}.partial-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(path, ignore_errors=True)

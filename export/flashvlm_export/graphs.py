@@ -1,26 +1,20 @@
 """The nn.Modules that become ONNX graphs, built around transformers' own layers, and their named inputs and outputs.
 
-Transformers computes; three seams make its modules export as we want, and all are its own extension points:
-the attention registry (one ONNX Attention node), a cache object (in-place TensorScatter), and the norm's forward.
+Transformers computes; ``dialects.py`` says in which operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from flashvlm.bundle import DType, ModelSpec, TensorSpec
+from flashvlm_export.dialects import Dialect
 from flashvlm_export.selection import METHODS, SelectionParams, select
 
-OPSET = 24
 DOMAIN = "flashvlm"
-ATTENTION = "onnx"
 SCORE_OP = "TextGuidedScore"
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -41,90 +35,6 @@ class Graph:
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-
-# --- seams ---------------------------------------------------------------------------------------------------------
-
-
-def onnx_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention as one ONNX node. Shapes: query [B,H,S,d], key and value [B,Hkv,C,d], additive mask [B,1,S,C].
-
-    Returns the output [B,S,H,d] and, in the place of attention weights, the row of the first query alone:
-    [B,H,1,C] float32. For a CLIP tower that row is CLS, its saliency; elsewhere nobody reads it and it is pruned.
-    """
-    inputs = (query, key, value) if mask is None else (query, key, value, mask)
-    output = torch.onnx.ops.symbolic(
-        "Attention", inputs, {"scale": float(scaling)}, dtype=query.dtype, shape=query.shape, version=OPSET
-    )
-    if mask is not None:
-        return output.transpose(1, 2), output
-    scores = query[:, :, :1].float() @ key.float().transpose(-1, -2)  # [B,H,1,C]
-    return output.transpose(1, 2), torch.softmax(scores * scaling, dim=-1)
-
-
-AttentionInterface.register(ATTENTION, onnx_attention)
-
-
-class ScatterCache:
-    """The cache object transformers' attention layers call: writes new rows into a fixed-capacity tensor.
-
-    past: key and value of each layer in turn, [B,Hkv,C,d]; cache_position [B]: the slot of this chunk's first token.
-    TensorScatter runs in place where past and present are bound to one buffer.
-    """
-
-    def __init__(self, past: Sequence[Tensor], cache_position: Tensor) -> None:
-        self.present = list(past)
-        self.cache_position = cache_position
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        at = 2 * layer_idx
-        self.present[at] = self._scatter(self.present[at], key)
-        self.present[at + 1] = self._scatter(self.present[at + 1], value)
-        return self.present[at], self.present[at + 1]
-
-    def _scatter(self, past: Tensor, new: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(
-            "TensorScatter",
-            (past, new, self.cache_position),
-            {"axis": 2},
-            dtype=past.dtype,
-            shape=past.shape,
-            version=OPSET,
-        )
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-
-@contextmanager
-def onnx_rms_norm(model: nn.Module) -> Iterator[None]:
-    """Within the context every RMSNorm of the model is one RMSNormalization node, float32 inside as in transformers."""
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-
-    def bind(norm: Any) -> None:
-        def forward(x: Tensor) -> Tensor:
-            attributes = {"axis": -1, "epsilon": float(norm.variance_epsilon), "stash_type": 1}
-            return torch.onnx.ops.symbolic(
-                "RMSNormalization", (x, norm.weight), attributes, dtype=x.dtype, shape=x.shape, version=23
-            )
-
-        norm.forward = forward
-
-    for norm in norms:
-        bind(norm)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.forward
 
 
 def onnx_score(
@@ -191,13 +101,14 @@ class Decoder(nn.Module):
 
     inputs_embeds [B,S,D], position_ids [B,S], cache_position [B] (slot of the first token), num_tokens [B] (how many of
     the S are real; the rest is right padding, overwritten by the next chunk), past [B,Hkv,C,d], key and value a layer.
-    Returns logits [B,V] float32 of each row's last real token, and the caches.
+    Returns logits [B,V] float32 of each row's last real token, and what the dialect's cache makes of past and new rows.
     """
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(self, language_model: nn.Module, lm_head: nn.Module, dialect: Dialect) -> None:
         super().__init__()
         self.language_model = language_model
         self.lm_head = lm_head
+        self.dialect = dialect
 
     def forward(
         self,
@@ -207,28 +118,18 @@ class Decoder(nn.Module):
         num_tokens: Tensor,
         *past: Tensor,
     ) -> tuple[Tensor, ...]:
-        cache = ScatterCache(past, cache_position)
+        cache = self.dialect.cache(past, cache_position)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             # Explicit and additive: boolean masks and per-row lengths fail or misbehave in TensorRT (docs/design.md).
-            attention_mask=causal_mask(cache_position, inputs_embeds, capacity=past[0].shape[2]),
+            attention_mask=cache.mask(inputs_embeds),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state  # [B,S,D]
         last = (num_tokens - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         logits = self.lm_head(torch.gather(hidden, 1, last)[:, 0])  # [B,V]
         return logits.float(), *cache.present
-
-
-def causal_mask(cache_position: Tensor, like: Tensor, capacity: Any) -> Tensor:
-    """0 where a query may look, the dtype's lowest value elsewhere: [B,1,S,C] in the dtype of ``like`` [B,S,D].
-
-    The query at place i of its chunk sits in slot cache_position + i and sees the slots up to its own.
-    """
-    own = cache_position[:, None] + torch.arange(like.shape[1])  # [B,S]
-    visible = torch.arange(capacity) <= own[:, None, :, None]  # [B,1,S,C]
-    return torch.where(visible, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
 
 
 class Prefill(nn.Module):
@@ -283,8 +184,8 @@ def _spec(name: str, dtype: DType, *shape: int | str) -> TensorSpec:
     return TensorSpec(name=name, dtype=dtype, shape=shape)
 
 
-def _cache_specs(prefix: str, model: ModelSpec) -> tuple[TensorSpec, ...]:
-    shape = ("batch", model.num_key_value_heads, "capacity", model.head_dim)
+def _cache_specs(prefix: str, model: ModelSpec, rows: str = "capacity") -> tuple[TensorSpec, ...]:
+    shape = ("batch", model.num_key_value_heads, rows, model.head_dim)
     return tuple(
         _spec(f"{prefix}.{layer}.{part}", model.dtype, *shape)
         for layer in range(model.num_layers)
@@ -328,7 +229,7 @@ def select_graph(module: nn.Module, name: str, budget: int, model: ModelSpec, fe
     )
 
 
-def decoder_graph(module: nn.Module, model: ModelSpec) -> Graph:
+def decoder_graph(module: Decoder, model: ModelSpec) -> Graph:
     return Graph(
         "decoder",
         module,
@@ -339,7 +240,10 @@ def decoder_graph(module: nn.Module, model: ModelSpec) -> Graph:
             _spec("num_tokens", "int64", "batch"),
             *_cache_specs("past_key_values", model),
         ),
-        (_spec("logits", "float32", "batch", model.vocab_size), *_cache_specs("present", model)),
+        (
+            _spec("logits", "float32", "batch", model.vocab_size),
+            *_cache_specs("present", model, module.dialect.present_rows),
+        ),
     )
 
 

@@ -22,7 +22,9 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashvlm_export.graphs import DOMAIN, OPSET, SCORE_OP, TORCH_DTYPES, Graph, onnx_rms_norm
+from flashvlm.errors import FlashVLMError
+from flashvlm_export.dialects import Dialect
+from flashvlm_export.graphs import DOMAIN, SCORE_OP, TORCH_DTYPES, Graph
 from flashvlm_export.selection import text_guided_score
 
 # Prime, distinct and above one, so that no two symbolic dimensions and no constant are taken for each other.
@@ -73,7 +75,7 @@ def _pretrained(module: nn.Module) -> list[Any]:
     return [m for m in found if not any(inner is not m and isinstance(inner, PreTrainedModel) for inner in m.modules())]
 
 
-def trace(graph: Graph, mode: FakeTensorMode) -> TracedGraph:
+def trace(graph: Graph, mode: FakeTensorMode, dialect: Dialect) -> TracedGraph:
     """Traces one graph with the names, dtypes and symbolic dimensions of its contract."""
     dims = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in _symbols(graph)}
     with mode:
@@ -86,21 +88,30 @@ def trace(graph: Graph, mode: FakeTensorMode) -> TracedGraph:
         )
     shapes = tuple({i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in graph.inputs)
     with _quiet():
-        with torch.no_grad(), mode, onnx_rms_norm(graph.module):
+        with torch.no_grad(), mode, dialect.rms_norm(graph.module):
             program = torch.export.export(
                 graph.module, examples, dynamic_shapes=_varargs(graph.module, shapes), strict=False
             )
-            model = _to_ir(program)
+            model = _to_ir(program, dialect.opset)
         _apply_contract(model.graph, graph)
         weights = _weights(model.graph, dict(graph.module.named_parameters()))
         _fold(model)
         weights = _absorb_transposes(model.graph, weights)
     if any(node.op_type == SCORE_OP for node in model.graph):
-        function = ir.from_proto(_score_proto())  # a copy of its own, as a function belongs to one model
+        function = ir.from_proto(_score_proto(dialect.opset))  # a copy of its own, as a function belongs to one model
         model.functions[function.identifier()] = function
     _name_nodes(model.graph, graph.name)
+    _check_operators(model, dialect)
     model.producer_name, model.producer_version = "flashvlm", None
     return TracedGraph(model, tuple(weights))
+
+
+def _check_operators(model: ir.Model, dialect: Dialect) -> None:
+    nodes = [*model.graph, *(node for function in model.functions.values() for node in function)]
+    used = {node.op_type for node in nodes if node.domain == ""}
+    if dialect.operators is not None and not used <= dialect.operators:
+        found = ", ".join(sorted(used - dialect.operators))
+        raise FlashVLMError(f"--dialect {dialect.name} has no operator {found}; use --dialect modern or another method")
 
 
 def _symbols(graph: Graph) -> list[str]:
@@ -115,8 +126,8 @@ def _varargs(module: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*shapes[:fixed], shapes[fixed:]) if takes_varargs else shapes
 
 
-def _to_ir(program: torch.export.ExportedProgram) -> ir.Model:
-    exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+def _to_ir(program: torch.export.ExportedProgram, opset: int) -> ir.Model:
+    exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=opset, verbose=False)
     assert exported is not None
     return exported.model
 
@@ -253,11 +264,11 @@ def _scope(node: ir.Node) -> list[str]:
 
 
 @functools.cache
-def _score_proto() -> Any:
-    return ir.to_proto(score_function())
+def _score_proto(opset: int) -> Any:
+    return ir.to_proto(score_function(opset))
 
 
-def score_function() -> ir.Function:
+def score_function(opset: int) -> ir.Function:
     """The body of TextGuidedScore: ``selection.text_guided_score`` itself, its four scalars turned into attributes."""
 
     class Score(nn.Module):
@@ -285,7 +296,7 @@ def score_function() -> ir.Function:
             dynamic_shapes=((*shapes, *({} for _ in scalars)),),
             strict=False,
         )
-        model = _to_ir(program)
+        model = _to_ir(program, opset)
     _fold(model)
     graph = model.graph
     for value, name in zip(graph.inputs, [*tensors, *attributes], strict=True):

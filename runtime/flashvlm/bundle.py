@@ -23,6 +23,7 @@ MANIFEST = "bundle.json"
 SCHEMA_VERSION = 1
 EMBEDDINGS = "embed_tokens.safetensors"
 PROCESSOR = "processor"
+ENGINES = "engines"  # what is compiled from the bundle, each folder with a manifest of its own
 
 FloatType = Literal["float32", "float16", "bfloat16"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
@@ -82,7 +83,7 @@ class Manifest(_Record):
     schema_version: int = SCHEMA_VERSION
     created_by: dict[str, str]
     source: str
-    dialect: str
+    dialect: Literal["modern", "legacy"]
     layout: Literal["split", "fused"]
     model: ModelSpec
     image: ImagePreprocess
@@ -117,7 +118,7 @@ class Bundle:
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
         for name, spec in self.manifest.files.items():
-            _check_file(self._inside(name), name, spec.size)
+            self._check_file(name, spec.size)
         for graph in self.manifest.graphs.values():
             for name in (graph.file, *graph.data):
                 if name not in self.manifest.files:
@@ -141,14 +142,33 @@ class Bundle:
 
     def _inside(self, name: str) -> Path:
         root = self.path.resolve()
-        target = (root / name).resolve()
+        try:
+            target = (root / name).resolve()
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or a name no file can have
+            target = root
         if root not in target.parents:
             raise BundleError(f"{self.path}: {MANIFEST} names {name!r}, which lies outside the bundle; refused")
         return target
 
+    def _check_file(self, name: str, size: int) -> None:
+        path = self._inside(name)
+        if not path.is_file():
+            raise BundleError(
+                f"{self.path}: bundle file {name} is missing; copy the whole folder or export the bundle again"
+            )
+        found = path.stat().st_size
+        if found != size:
+            raise BundleError(
+                f"{self.path}: bundle file {name} was resized: expected {size} bytes, found {found}; "
+                f"copy it again or export the bundle again"
+            )
+
     def _verify(self) -> None:
         def digest(name: str) -> tuple[str, str]:
-            return name, sha256(self._inside(name))
+            try:
+                return name, sha256(self._inside(name))
+            except OSError as error:
+                raise BundleError(f"{self.path}/{name} cannot be read: {error.strerror}; copy it again") from None
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for name, found in pool.map(digest, self.manifest.files):
@@ -162,21 +182,23 @@ class Bundle:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing there"
         raise BundleError(
-            f"{folder} is not a bundle folder; make one with: flashvlm-export --model MODEL --out {folder}"
+            f"{folder}: expected a bundle folder, found {found}; make one with: flashvlm-export --model MODEL --out DIR"
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        is_checkpoint = (folder / "config.json").is_file()
+        what, model = ("is a checkpoint", folder) if is_checkpoint else ("is not a complete bundle", "MODEL")
         raise BundleError(
-            f"{folder} has no {MANIFEST}, so it is not a complete bundle; "
-            f"make one with: flashvlm-export --model MODEL --out DIR"
+            f"{folder} {what}: it has no {MANIFEST}; make a bundle with: flashvlm-export --model {model} --out DIR"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if not isinstance(version, int):
-        raise BundleError(f"{path}: expected an integer schema_version, found {version!r}; export the bundle again")
+    if not isinstance(version, int) or version < 1:
+        raise BundleError(f"{path}: expected a schema_version from 1, found {version!r}; export the bundle again")
     if version > SCHEMA_VERSION:
         raise BundleError(
             f"{folder} has bundle schema {version}, this flashvlm reads up to {SCHEMA_VERSION}; "
@@ -185,20 +207,13 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path}: field {where}: {first['msg']}; export the bundle again") from None
+        raise BundleError(f"{path}: {first_problem(error)}; export the bundle again") from None
 
 
-def _check_file(path: Path, name: str, size: int) -> None:
-    try:
-        found = path.stat().st_size
-    except OSError:
-        raise BundleError(f"bundle file {name} is missing; copy the whole folder or export it again") from None
-    if found != size:
-        raise BundleError(
-            f"bundle file {name} was resized: expected {size} bytes, found {found}; copy it again or export again"
-        )
+def first_problem(error: ValidationError) -> str:
+    """Which field is wrong and why, without pydantic's many lines."""
+    first = error.errors()[0]
+    return f"field {'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def sha256(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:

@@ -30,13 +30,14 @@ def run(app: typer.Typer, name: str) -> None:
         status = _refuse(str(error))
     except ClickException as error:
         status = _refuse(f"{error.format_message()} (see {name} --help)")
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted", err=True)
+    except (KeyboardInterrupt, typer.Abort):  # older typer; newer ones return the status
         status = INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (| head); Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
+    if status == INTERRUPTED:
+        typer.echo("interrupted", err=True)
     sys.exit(status if isinstance(status, int) else 0)
 
 

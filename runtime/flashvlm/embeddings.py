@@ -13,12 +13,18 @@ from flashvlm.errors import BundleError
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def open_table(path: Path) -> np.ndarray:
-    """Maps the one tensor of a safetensors file, [V,D] in its own dtype; rows are read when gathered."""
+def open_table(path: Path, rows: int, width: int) -> np.ndarray:
+    """Maps the one tensor of a safetensors file, [rows,width] in its own dtype; rows are read when gathered.
+
+    Raises:
+        BundleError: the file holds something else.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             (entry,) = json.loads(file.read(length)).values()
-            return np.memmap(path, DTYPES[entry["dtype"]], mode="r", offset=8 + length, shape=tuple(entry["shape"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise BundleError(f"{path} is damaged; export the bundle again") from None
+            if entry["shape"] != [rows, width]:
+                raise ValueError
+            return np.memmap(path, DTYPES[entry["dtype"]], mode="r", offset=8 + length, shape=(rows, width))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+            raise BundleError(f"{path}: expected a table of {rows} x {width}; export the bundle again") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -47,8 +48,8 @@ def check_capacity(rows: list[Row], max_new_tokens: int, max_seq: int) -> int:
     Raises:
         PromptError: a prompt does not fit with at least one new token.
     """
-    if max_new_tokens < 1:
-        raise PromptError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise PromptError(f"max_new_tokens: expected an integer >= 1, found {max_new_tokens!r}")
     longest = max(len(row.position_ids) for row in rows)
     if longest > max_seq:
         raise PromptError(

@@ -136,7 +136,7 @@ def _centre(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int, int
 
 def _from_path(path: str | bytes) -> PIL.Image.Image:
     name = os.fsdecode(path)
-    if "://" in name[:16] or name.startswith("data:"):
+    if "://" in name[:16] or name.startswith(("data:", "http:/", "https:/")):  # Path() makes one slash of two
         remedy = "URLs are not fetched; download it and pass the path"
         raise ImageError(f"{_short(name)}: expected a file, found a URL; {remedy}")
     try:

@@ -83,7 +83,8 @@ class Pipeline:
         self.bundle = bundle
         self._session = session
         self._text = TextProcessor.from_folder(bundle.path / PROCESSOR)
-        self._embedding = open_table(bundle.file(EMBEDDINGS))  # [V,D]
+        model = bundle.manifest.model
+        self._embedding = open_table(bundle.file(EMBEDDINGS), model.vocab_size, model.hidden_size)  # [V,D]
         self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
 
     @classmethod
@@ -138,10 +139,10 @@ class Pipeline:
         Raises:
             FlashVLMError: one of the inputs cannot be used, with the reason.
         """
-        single = isinstance(prompt, str)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise PromptError("no prompt given; expected at least one")
+        single = not isinstance(prompt, (list, tuple))
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not prompts:
+            raise PromptError(f"prompt: expected a question or a list of them, found {prompt!r}")
         images = _pair(image, len(prompts), single)
         turns = [[_user_message(text, i is not None)] for text, i in zip(prompts, images, strict=True)]
         sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -259,9 +260,9 @@ class Pipeline:
             return None
         if isinstance(budget, bool) or not isinstance(budget, int) or budget not in exported:
             have = ", ".join(map(str, (*exported, "all")))
-            raise SelectionError(
-                f"budget {budget!r} is not in this bundle, which has {have}; export with --budget {budget}"
-            )
+            possible = type(budget) is int and 0 < budget <= self.bundle.manifest.model.num_image_tokens
+            remedy = f"export with --budget {budget}" if possible else "take one of these"
+            raise SelectionError(f"budget {budget!r} is not in this bundle, which has {have}; {remedy}")
         return budget
 
     def _image_features(self, source: ImageSource, timings: Timings) -> ImageFeatures:
@@ -346,7 +347,9 @@ class Conversation:
 
 
 def _user_message(text: str, with_image: bool) -> Message:
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
+        raise PromptError(f"prompt: expected a question as a str, found {text!r}")
+    if not text.strip():
         raise PromptError("the prompt is empty; expected a question")
     content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
     return {"role": "user", "content": [*content, {"type": "text", "text": text}]}

@@ -17,6 +17,7 @@ from torch import nn
 import checkpoints
 from flashvlm.bundle import Bundle, ModelSpec
 from flashvlm_export import graphs
+from flashvlm_export.dialects import DIALECTS
 from flashvlm_export.exporter import ExportOptions, export
 from flashvlm_export.onnx_export import fake_weights, trace
 from flashvlm_export.selection import METHODS, SelectionParams, select
@@ -35,7 +36,7 @@ def test_graphs_are_valid_and_named_by_path(tiny_gqa_bundle: Path, name: str) ->
     names = [node.name for node in model.graph.node]
     assert len(set(names)) == len(names)
     assert all(n.startswith(f"/{name}/") for n in names)
-    assert {o.domain: o.version for o in model.opset_import}[""] == graphs.OPSET
+    assert {o.domain: o.version for o in model.opset_import}[""] == DIALECTS["modern"].opset
     assert model.producer_name == "flashvlm"
 
 
@@ -143,7 +144,7 @@ def select_session(method: str, n: int, d: int, dv: int, k: int, folder: Path) -
     )  # fmt: skip
     module: nn.Module = graphs.Select(method, k, SelectionParams(seed=5))
     with fake_weights(module) as mode:
-        traced = trace(graphs.select_graph(module, "select", k, model, dv), mode)
+        traced = trace(graphs.select_graph(module, "select", k, model, dv), mode, DIALECTS["modern"])
     path = folder / f"{method}.onnx"
     ir.save(traced.model, path)
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -67,10 +67,10 @@ class Reference:
         return [int(row.argmax()) for row in logits], torch.stack(logits).numpy()
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny_gqa"])
+@pytest.fixture(scope="module", params=["tiny", "tiny_gqa", "tiny_gqa_legacy"])
 def pair(request: pytest.FixtureRequest) -> tuple[Recorded, Reference]:
     bundle = request.getfixturevalue(f"{request.param}_bundle")
-    return Recorded(bundle), Reference(request.getfixturevalue(f"{request.param}_checkpoint"))
+    return Recorded(bundle), Reference(request.getfixturevalue(f"{request.param.removesuffix('_legacy')}_checkpoint"))
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> np.ndarray:

@@ -21,7 +21,7 @@ def family_of(config: dict[str, Any]) -> ModuleType:
         CheckpointError: the family is not supported.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"model_type {model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}"
         )

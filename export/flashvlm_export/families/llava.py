@@ -55,6 +55,12 @@ def read_config(config: dict[str, Any]) -> LlavaConfig:
     Raises:
         CheckpointError: a variant of LLaVA this family does not cover.
     """
+    for part in ("vision_config", "text_config"):
+        if not isinstance(config.get(part), dict):
+            found = repr(config[part]) if part in config else "missing"
+            raise CheckpointError(f"config.json: {part} is {found}; family {NAME} has an object there")
+    if "quantization_config" in config:
+        raise CheckpointError("config.json: the checkpoint is quantized; expected float16, bfloat16 or float32 weights")
     parsed = LlavaConfig.from_dict(config)
     for part, found, expected in (
         ("vision_config.model_type", parsed.vision_config.model_type, VISION_TYPES),
@@ -63,8 +69,6 @@ def read_config(config: dict[str, Any]) -> LlavaConfig:
     ):
         if found not in expected:
             raise CheckpointError(f"config.json: {part} is {found!r}; family {NAME} supports {' or '.join(expected)}")
-    if "quantization_config" in config:
-        raise CheckpointError("config.json: the checkpoint is quantized; expected float16, bfloat16 or float32 weights")
     vision_blocks(parsed)
     return parsed
 
@@ -152,6 +156,8 @@ def image_preprocess(processor: Any, config: LlavaConfig) -> ImagePreprocess:
         )
     if (crop["height"], crop["width"]) != (side, side):
         raise CheckpointError(f"preprocessor_config.json: crop_size is {crop}; the vision tower takes {side} x {side}")
+    if p.resample not in RESAMPLE:
+        raise CheckpointError(f"preprocessor_config.json: resample is {p.resample!r}; expected one of {RESAMPLE}")
     return ImagePreprocess(
         resize="shortest_edge",
         size=(size["shortest_edge"], size["shortest_edge"]),

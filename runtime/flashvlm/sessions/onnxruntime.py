@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -23,7 +24,7 @@ NUMPY_DTYPES: dict[str, Any] = {
 }
 BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type, so it travels as uint16
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ERRORS_ONLY = 3
+FATAL_ONLY = 4  # an error comes as an exception, and is told once
 
 
 class OnnxRuntimeSession:
@@ -78,7 +79,8 @@ class OnnxRuntimeSession:
                 sizes = {"batch": batch, "capacity": capacity}
                 shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
                 zeros = np.zeros(shape, dtype=NUMPY_DTYPES[spec.dtype])
-                cache[spec.name] = self._to_device(zeros)
+                # The legacy dialect returns new rows, which the host places: its cache stays here.
+                cache[spec.name] = zeros if self._bundle.manifest.dialect == "legacy" else self._to_device(zeros)
         return cache
 
     def decode(
@@ -99,13 +101,22 @@ class OnnxRuntimeSession:
         }
         for name, array in graph.checked(inputs).items():
             binding.bind_ortvalue_input(name, self._to_device(array))
-        for name, value in cache.items():
-            binding.bind_ortvalue_input(name, value)
-            # The same buffer as input and output: TensorScatter then writes only the new rows.
-            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), value)
+        in_place = self._bundle.manifest.dialect == "modern"
+        for name, rows in cache.items():
+            if in_place:
+                # The same buffer as input and output: TensorScatter then writes only the new rows.
+                binding.bind_ortvalue_input(name, rows)
+                binding.bind_ortvalue_output(_present(name), rows)
+            else:
+                binding.bind_ortvalue_input(name, self._to_device(rows))
+                binding.bind_output(_present(name), "cpu")
         binding.bind_output("logits", "cpu")
-        graph.session.run_with_iobinding(binding)
-        return binding.get_outputs()[-1].numpy()
+        graph.call(graph.session.run_with_iobinding, binding)
+        *present, logits = binding.get_outputs()
+        if not in_place:
+            for rows, new in zip(cache.values(), present, strict=True):
+                _place(rows, new.numpy(), cache_position)
+        return logits.numpy()
 
     def _to_device(self, array: np.ndarray) -> Any:
         if array.dtype == ml_dtypes.bfloat16:
@@ -122,7 +133,7 @@ class OnnxRuntimeSession:
 
     def _load(self, spec: GraphSpec) -> Any:
         options = self._ort.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
+        options.log_severity_level = FATAL_ONLY
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         path = self._bundle.file(spec.file)
@@ -132,11 +143,23 @@ class OnnxRuntimeSession:
             raise BundleError(f"ONNX Runtime cannot load {path}: {str(error).strip()}") from None
 
 
+def _present(past: str) -> str:
+    return past.replace("past_key_values.", "present.")
+
+
+def _place(rows: np.ndarray, new: np.ndarray, cache_position: np.ndarray) -> None:
+    """Copies new [B,Hkv,S,d] into rows [B,Hkv,C,d] at each row's slot, padding included: it is overwritten later."""
+    for b, slot in enumerate(cache_position):
+        end = min(int(slot) + new.shape[2], rows.shape[2])
+        rows[b, :, slot:end] = new[b, :, : end - slot]
+
+
 class _Graph:
     """A loaded graph and its contract."""
 
     def __init__(self, spec: GraphSpec, session: Any) -> None:
         self.session = session
+        self._file = spec.file
         self._inputs = {tensor.name: tensor for tensor in spec.inputs}
         self._outputs = [tensor.name for tensor in spec.outputs]
         found = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
@@ -146,8 +169,15 @@ class _Graph:
             )
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = self.session.run(self._outputs, self.checked(inputs))
+        values = self.call(self.session.run, self._outputs, self.checked(inputs))
         return dict(zip(self._outputs, values, strict=True))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs the graph by a method of its session: memory may run out, and a graph may not be what it says."""
+        try:
+            return function(*arguments)
+        except Exception as error:  # ONNX Runtime's exceptions share no public base
+            raise FlashVLMError(f"ONNX Runtime failed in {self._file}: {str(error).strip()}") from None
 
     def checked(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Inputs as contiguous arrays of the dtype and shape the contract states."""
@@ -172,9 +202,10 @@ def _import() -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
-    except ImportError:
+    except ImportError as error:  # also a broken install, hence the reason
         raise FlashVLMError(
-            "ONNX Runtime is not installed; install it with: pip install 'flashvlm[cpu]' (NVIDIA GPU: 'flashvlm[gpu]')"
+            f"ONNX Runtime is not installed or does not import ({error}); "
+            f"install it with: pip install 'flashvlm[cpu]' (NVIDIA GPU: 'flashvlm[gpu]')"
         ) from None
     return onnxruntime
 

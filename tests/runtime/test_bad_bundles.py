@@ -1,0 +1,233 @@
+"""A bundle that is not exactly what was exported is refused in one line, before anything of it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from flashvlm.bundle import sha256
+from flashvlm.cli import main
+from refusals import assert_refused, copy_of, run
+
+QUESTION = ("--prompt", "What is it?")
+Edit = Callable[[Path], object]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return copy_of(tiny_bundle, tmp_path, "bundle")
+
+
+def refused(folder: Path, *expected: str) -> None:
+    assert_refused(run(main, folder, *QUESTION), *expected)
+
+
+def manifest(change: Callable[[dict[str, Any]], object]) -> Edit:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / "bundle.json").read_text())
+        change(content)
+        (folder / "bundle.json").write_text(json.dumps(content))
+
+    return edit
+
+
+def text(content: str) -> Edit:
+    return lambda folder: (folder / "bundle.json").write_text(content)
+
+
+def list_file(folder: Path, name: str) -> None:
+    """Makes the manifest agree with a file, as someone would who forges a bundle."""
+    path = folder / name
+    spec = {"size": path.stat().st_size, "sha256": sha256(path)}
+    manifest(lambda m: m["files"].update({name: spec}))(folder)
+
+
+MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
+    "not JSON": (text("{"), ("bundle.json cannot be read", "export the bundle again")),
+    "not UTF-8": (lambda folder: (folder / "bundle.json").write_bytes(b"\xff{}"), ("bundle.json cannot be read",)),
+    "nested without end": (text("[" * 100_000), ("bundle.json cannot be read", "recursion")),
+    "a list": (text("[]"), ("schema_version", "None")),
+    "no schema": (manifest(lambda m: m.pop("schema_version")), ("schema_version", "None")),
+    "schema of text": (manifest(lambda m: m.update(schema_version="1")), ("schema_version", "'1'")),
+    "schema zero": (manifest(lambda m: m.update(schema_version=0)), ("schema_version", "found 0")),
+    "newer schema": (
+        manifest(lambda m: m.update(schema_version=99)),
+        ("bundle schema 99", "reads up to 1", "pip install --upgrade flashvlm"),
+    ),
+    "field missing": (manifest(lambda m: m["model"].pop("max_seq")), ("field model.max_seq", "required")),
+    "field extra": (manifest(lambda m: m["model"].update(colour="red")), ("field model.colour", "not permitted")),
+    "field of another kind": (manifest(lambda m: m.update(files=[])), ("field files",)),
+    "negative size": (manifest(lambda m: m["model"].update(max_seq=-1)), ("field model.max_seq", "greater than 0")),
+    "sha256 too short": (manifest(lambda m: m["files"]["vision.onnx"].update(sha256="00")), ("vision.onnx.sha256",)),
+    "file not listed": (manifest(lambda m: m["files"].pop("vision.data")), ("uses 'vision.data'", "does not list it")),
+    "table not listed": (manifest(lambda m: m["files"].pop("embed_tokens.safetensors")), ("embed_tokens.safetensors",)),
+    "graph not there": (manifest(lambda m: m["graphs"].pop("decoder")), ("no graph 'decoder'", "it has select-k4")),
+    "other names": (
+        manifest(lambda m: m["graphs"]["vision"]["inputs"][0].update(name="pixels")),
+        ("vision.onnx does not have the inputs and outputs",),
+    ),
+    "other vocabulary": (
+        manifest(lambda m: m["model"].update(vocab_size=9)),
+        ("embed_tokens.safetensors", "expected a table of 9 x 48"),
+    ),
+    "bfloat16 on a CPU": (
+        manifest(lambda m: m["model"].update(dtype="bfloat16")),
+        ("is bfloat16", "--dtype float32", "pip install 'flashvlm[gpu]'"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "expected"), MANIFESTS.values(), ids=MANIFESTS)
+def test_manifest(edit: Edit, expected: tuple[str, ...], bundle: Path) -> None:
+    edit(bundle)
+    refused(bundle, *expected)
+
+
+def test_graph_that_takes_other_shapes(bundle: Path, tmp_path: Path) -> None:
+    def smaller(content: dict[str, Any]) -> None:
+        content["image"].update(size=[28, 28], crop=[28, 28])
+        content["graphs"]["vision"]["inputs"][0]["shape"][2:] = [28, 28]
+
+    manifest(smaller)(bundle)
+    Image.new("RGB", (30, 30)).save(tmp_path / "picture.png")
+    ran = run(main, bundle, *QUESTION, "--image", tmp_path / "picture.png")
+    assert_refused(ran, "ONNX Runtime failed in vision.onnx", "pixel_values")
+
+
+def test_prompt_beyond_the_capacity(bundle: Path) -> None:
+    manifest(lambda m: m["model"].update(max_seq=20))(bundle)
+    ran = run(main, bundle, "--prompt", "one two three four five six seven eight nine ten")
+    assert_refused(ran, "tokens long with its image; this bundle holds 20", "shorten it", "--max-seq")
+
+
+# --- no bundle at all ---
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    refused(tmp_path / "none", "none: expected a bundle folder, found nothing there", "flashvlm-export --model")
+
+
+def test_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file", "expected a bundle folder, found a file", "flashvlm-export --model")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    refused(tmp_path, "is not a complete bundle", "no bundle.json", "flashvlm-export --model MODEL")
+
+
+def test_a_checkpoint(tiny_checkpoint: Path) -> None:
+    refused(tiny_checkpoint, "is a checkpoint", f"flashvlm-export --model {tiny_checkpoint}")
+
+
+# --- files ---
+
+NAMES = [
+    "decoder.data",
+    "decoder.onnx",
+    "embed_tokens.safetensors",
+    "processor/chat_template.jinja",
+    "processor/processor_config.json",
+    "processor/tokenizer.json",
+    "processor/tokenizer_config.json",
+    "select-k4.onnx",
+    "select-k7.onnx",
+    "vision.data",
+    "vision.onnx",
+]
+
+
+def test_every_file_is_tried_below(tiny_bundle: Path) -> None:
+    assert sorted(json.loads((tiny_bundle / "bundle.json").read_text())["files"]) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_file(name: str, bundle: Path) -> None:
+    path = bundle / name
+    content = path.read_bytes()
+    for at in (0, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        refused(bundle, f"{name} was edited after export", "expected sha256", "export the bundle again")
+    path.write_bytes(content + b"x")
+    refused(bundle, f"{name} was resized", f"expected {len(content)} bytes, found {len(content) + 1}")
+    path.write_bytes(content[:-1])
+    refused(bundle, f"{name} was resized", f"found {len(content) - 1}")
+    path.unlink()
+    refused(bundle, f"{name} is missing", "copy the whole folder")
+    path.mkdir()
+    refused(bundle, f"{name} is missing")
+    path.rmdir()
+    os.mkfifo(path)  # would be read without end
+    refused(bundle, f"{name} is missing")
+
+
+# Damage that the checksum cannot tell, because the manifest was made to match.
+FORGED: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
+    "graph": ("vision.onnx", b"nothing", ("ONNX Runtime cannot load", "vision.onnx")),
+    "empty graph": ("decoder.onnx", b"", ("ONNX Runtime cannot load", "decoder.onnx")),
+    "weights cut": ("vision.data", b"1234", ("ONNX Runtime cannot load", "vision.onnx")),
+    "table": ("embed_tokens.safetensors", b"nothing", ("embed_tokens.safetensors", "export the bundle again")),
+    "table with an endless header": ("embed_tokens.safetensors", b"\xff" * 64, ("embed_tokens.safetensors", "table")),
+    "tokenizer": ("processor/tokenizer.json", b"{}", ("tokenizer.json", "expected a tokenizer")),
+    "tokenizer settings": ("processor/tokenizer_config.json", b"[", ("tokenizer_config.json", "expected")),
+    "chat template": ("processor/chat_template.jinja", b"{% {", ("chat_template.jinja", "expected a Jinja template")),
+    "not text": ("processor/chat_template.jinja", b"\xff", ("chat_template.jinja", "expected UTF-8")),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), FORGED.values(), ids=FORGED)
+def test_forged_file(name: str, content: bytes, expected: tuple[str, ...], bundle: Path) -> None:
+    (bundle / name).write_bytes(content)
+    list_file(bundle, name)
+    refused(bundle, *expected)
+
+
+# --- files outside ---
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", ".", "", "a/../../b", "a\0b"])
+def test_listed_file_outside(name: str, bundle: Path) -> None:
+    manifest(lambda m: m["files"].update({name: {"size": 1, "sha256": "0" * 64}}))(bundle)
+    refused(bundle, repr(name), "outside the bundle")
+
+
+@pytest.mark.parametrize("name", ["vision.data", "processor/tokenizer.json", "vision.onnx"])
+def test_link_to_a_file_outside(name: str, bundle: Path, tmp_path: Path) -> None:
+    shutil.move(bundle / name, tmp_path / "outside")
+    (bundle / name).symlink_to(tmp_path / "outside")
+    refused(bundle, repr(name), "outside the bundle")
+
+
+def test_folder_that_links_outside(bundle: Path, tmp_path: Path) -> None:
+    shutil.move(bundle / "processor", tmp_path / "outside")
+    (bundle / "processor").symlink_to(tmp_path / "outside")
+    refused(bundle, "processor/", "outside the bundle")
+
+
+def test_links_in_a_circle(bundle: Path) -> None:
+    (bundle / "vision.data").unlink()
+    (bundle / "vision.data").symlink_to("vision.data")
+    refused(bundle, "vision.data")
+
+
+@pytest.mark.parametrize("location", ["../outside.data", "/etc/passwd", "{folder}/vision.data", "link.data", ""])
+def test_weights_outside(location: str, bundle: Path, tmp_path: Path) -> None:
+    """The manifest lists what the graph file does not say: ONNX Runtime >= 1.31 is what keeps to the folder."""
+    onnx = pytest.importorskip("onnx")
+    shutil.copy(bundle / "vision.data", tmp_path / "outside.data")
+    (bundle / "link.data").symlink_to(tmp_path / "outside.data")
+    model = onnx.load(bundle / "vision.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location.format(folder=bundle)
+    onnx.save(model, bundle / "vision.onnx")
+    list_file(bundle, "vision.onnx")
+    refused(bundle, "ONNX Runtime cannot load", "vision.onnx", "xternal data")
