@@ -76,6 +76,13 @@ def tiny_gqa_legacy_bundle(tiny_gqa_checkpoint: Path, once: Once) -> Path:
     return once("gqa-legacy-bundle", lambda out: _export(tiny_gqa_checkpoint, out, budgets=(5,), dialect="legacy"))
 
 
+@pytest.fixture(scope="session")
+def tiny_gqa_half_bundle(tiny_gqa_checkpoint: Path, once: Once) -> Path:
+    """The awkward checkpoint in float16, with the fused prefill graph."""
+    options = {"budgets": (5,), "layout": "fused", "dtype": "float16"}
+    return once("gqa-half-bundle", lambda out: _export(tiny_gqa_checkpoint, out, **options))
+
+
 def _export(checkpoint: Path, out: Path, **options: Any) -> None:
     from flashvlm_export.exporter import ExportOptions, export
 

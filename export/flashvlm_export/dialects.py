@@ -62,8 +62,9 @@ def attention_node(
     )
     if mask is not None:
         return output.transpose(1, 2), output
-    scores = query[:, :, :1].float() @ key.float().transpose(-1, -2)  # [B,H,1,C]
-    return output.transpose(1, 2), torch.softmax(scores * scaling, dim=-1)
+    # A product and a sum, not a MatMul: TensorRT-RTX has no float32 GEMM for Turing.
+    scores = (query[:, :, :1].float() * key.float()).sum(-1) * scaling  # [B,H,C]
+    return output.transpose(1, 2), torch.softmax(scores, dim=-1)[:, :, None]
 
 
 class ScatterCache:

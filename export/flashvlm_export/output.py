@@ -58,8 +58,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise FlashVLMError(
-            f"disk full: the bundle needs {needed / 1e9:.2f} GB and {folder.parent} has {free / 1e9:.2f} GB free; "
-            f"free space or choose another --out"
+            f"disk full: {needed / 1e9:.2f} GB are needed and {folder.parent} has {free / 1e9:.2f} GB free; "
+            f"free space or choose another place"
         )
 
 

@@ -281,7 +281,7 @@ def no_room(_: object) -> Any:
 @pytest.mark.parametrize(
     ("owner", "name", "stand_in", "expected"),
     [
-        (output.shutil, "disk_usage", no_room, ("disk full", "needs 0.00 GB", "free space")),
+        (output.shutil, "disk_usage", no_room, ("disk full", "0.00 GB are needed", "free space")),
         (weights.os, "posix_fallocate", full, ("No space left", "free space or choose another")),
         (exporter.ir, "save", full, ("No space left", "free space or choose another")),
         (Path, "write_text", full, ("No space left", "free space or choose another")),

@@ -1,0 +1,108 @@
+"""flashvlm-compile."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flashvlm import cli_support
+from flashvlm.errors import FlashVLMError
+
+if TYPE_CHECKING:
+    from flashvlm_export.compile import CompileReport
+
+app = cli_support.new_app()
+
+
+class TargetName(str, Enum):
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+@app.command()
+def compile(
+    bundle: Annotated[Path, typer.Argument(help="Folder that flashvlm-export wrote.")],
+    target: Annotated[TargetName, typer.Option(help="Compiler and runtime.")] = TargetName.tensorrt,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="GPUs to build for with tensorrt-rtx, such as 8.9 or 8.9,12.0.")
+    ] = None,
+    max_seq: Annotated[int | None, typer.Option(help="KV capacity of the engines; the bundle's if not given.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Largest batch.")] = 1,
+    max_query: Annotated[int, typer.Option(help="Longest question, in tokens.")] = 512,
+    workspace: Annotated[float | None, typer.Option(help="Memory the compiler may use on the GPU, in GiB.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="0 builds fastest, 5 runs fastest.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File to keep measured timings in, for faster builds.")
+    ] = None,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Let weights stay in host memory.")
+    ] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="Leave weights out; refit when loading.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Engines that later versions load too.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build again what still matches.")] = False,
+) -> None:
+    """Build TensorRT engines for every graph of a bundle."""
+    from flashvlm_export.compile import CompileOptions, compile_bundle
+
+    options = CompileOptions(
+        bundle=bundle,
+        target=target.value,
+        compute_capabilities=_capabilities(compute_capability),
+        max_seq=max_seq,
+        max_batch=max_batch,
+        max_query=max_query,
+        workspace=None if workspace is None else int(workspace * 2**30),
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        weight_streaming=weight_streaming,
+        strip_weights=strip_weights,
+        version_compatible=version_compatible,
+        force=force,
+    )
+    with cli_support.bars() as progress:
+        report = compile_bundle(options, progress.start)
+    _summary(report)
+
+
+def _capabilities(text: str | None) -> tuple[str, ...]:
+    """``8.9,12.0`` -> its parts, each major.minor."""
+    if text is None:
+        return ()
+    parts = tuple(part.strip() for part in text.split(","))
+    for part in parts:
+        major, dot, minor = part.partition(".")
+        if not (dot and major.isdigit() and minor.isdigit()):
+            raise FlashVLMError(f"--compute-capability {part!r}: expected major.minor, such as 8.9")
+    return parts
+
+
+def _summary(report: CompileReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("engine", "size", "seconds", "peak memory"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for name, engine in report.manifest.engines.items():
+        seconds = "reused" if name in report.reused else f"{engine.build_seconds:.1f}"
+        table.add_row(name, cli_support.megabytes(engine.size), seconds, f"{engine.peak_rss / 2**20:.0f} MiB")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"{report.folder} in {report.seconds:.1f} s", highlight=False)
+
+
+def main() -> None:
+    cli_support.run(app, "flashvlm-compile")
+
+
+if __name__ == "__main__":
+    main()

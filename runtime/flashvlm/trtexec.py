@@ -1,0 +1,384 @@
+"""``trtexec`` and ``tensorrt_rtx``: command lines that measure a bundle's graphs, and the JSON they write.
+
+The formats are those of TensorRT's own trtexec (samples/common/sampleReporting.cpp, 8.6 to 11.0):
+
+    --exportTimes      [{"computeMs": ..., "latencyMs": ..., ...}, ...], one entry an inference, warm-up left out
+    --exportProfile    [{"count": N}, {"name": ..., "averageMs": ..., "medianMs": ..., ...}, ...], one entry a layer
+    --exportLayerInfo  {"Layers": [...], "Bindings": [...]}: names alone, or with detailed verbosity objects whose
+                       "Metadata" lists the ONNX nodes of a fused layer: "[ONNX Layer: /a]\\x1f[ONNX Layer: /b]"
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from flashvlm.bundle import Bundle, GraphSpec, prefill_graph, select_graph
+from flashvlm.engines import ENGINE_MANIFEST, ENGINES, EngineManifest, Target, built_from, read_manifest
+from flashvlm.errors import FlashVLMError
+from flashvlm.processor import EncodedPrompt
+from flashvlm.profile import (
+    Budget,
+    BudgetProfile,
+    Profile,
+    ProfileOptions,
+    Spread,
+    allocated_rows,
+    describe,
+    image_tokens,
+    kv_bytes,
+)
+
+T = TypeVar("T")
+Stage = Literal["vision", "select", "prefill", "decode", "fused"]
+
+EXECUTABLES: dict[Target, str] = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
+# Where JetPack and NVIDIA's containers put trtexec, off the PATH.
+USUAL_FOLDERS = ("/usr/src/tensorrt/bin", "/opt/tensorrt/bin")
+WARM_UP_MS = 500
+SECONDS = 3  # of measuring, at least, beside --runs inferences
+OUTSIDE = "(no graph path)"  # what TensorRT adds of its own and names after no node
+LAYERS = re.compile(r"\.\d+(?=/|$)")
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A folder of compiled engines of this bundle."""
+
+    folder: Path
+    manifest: EngineManifest
+
+
+@dataclass(frozen=True)
+class Job:
+    """One graph at one set of shapes: what one command line measures.
+
+    sizes   the symbolic dimensions of its inputs
+    values  inputs that may not be random: trtexec fills integers with -128..127, which are no places in a cache
+    """
+
+    name: str
+    stage: Stage
+    budget: Budget | None  # None: the same at every budget
+    graph: str
+    sizes: dict[str, int]
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def values_file(self, tensor: str) -> str:
+        return f"{self.name}.{tensor}.bin"
+
+    def report(self, kind: Literal["times", "profile", "layers"]) -> str:
+        return f"{self.name}.{kind}.json"
+
+
+# --- what to measure -----------------------------------------------------------------------------------------------
+
+
+def find_engines(bundle: Bundle, target: Target | None) -> Engines | None:
+    """The engines built last for ``target`` (None: for any), or None if there are none.
+
+    Raises:
+        FlashVLMError: they were built from another export, or hold no weights.
+    """
+    found = []
+    for path in (bundle.path / ENGINES).glob(f"*/{ENGINE_MANIFEST}"):
+        manifest = read_manifest(path.parent)
+        if target in (None, manifest.target):
+            found.append((path.stat().st_mtime_ns, path.parent, manifest))
+    if not found:
+        return None
+    _, folder, manifest = max(found, key=lambda entry: entry[:2])
+    again = f"build them again with: {compile_command(bundle, manifest.target)}"
+    for graph in bundle.manifest.graphs:
+        spec = manifest.engines.get(graph)
+        if spec is None or not (folder / spec.file).is_file() or not built_from(spec, bundle, graph):
+            raise FlashVLMError(f"{folder} has no engine of this export's {graph}; {again}")
+    if manifest.flags.strip_weights:
+        raise FlashVLMError(f"{folder} holds engines without weights, which trtexec cannot fill; {again}")
+    return Engines(folder, manifest)
+
+
+def compile_command(bundle: Bundle, target: Target) -> str:
+    more = " --compute-capability X.Y" if target == "tensorrt-rtx" else ""
+    return f"flashvlm-compile {shlex.quote(str(bundle.path))} --target {target}{more}"
+
+
+def jobs(bundle: Bundle, options: ProfileOptions, prompt: EncodedPrompt, engines: Engines | None) -> list[Job]:
+    """Every graph at the shapes an answer has; decoding is measured half way through it.
+
+    ``prompt`` is the text, with one placeholder for the image.
+
+    Raises:
+        FlashVLMError: the engines are too small for prompt or answer.
+    """
+    manifest, budgets, new_tokens = bundle.manifest, options.budgets, options.new_tokens
+    mask = prompt.question_mask if manifest.selection.query == "question" else prompt.text_mask
+    query = int(mask.sum())
+    prefix = int(prompt.image_positions[0])
+    suffix = len(prompt.input_ids) - prefix - 1
+    longest = prefix + suffix + max(image_tokens(manifest, b) for b in budgets) + new_tokens - 1
+    capacity = min(allocated_rows(longest, 1), manifest.model.max_seq)
+    if engines is not None:
+        flags = engines.manifest.flags
+        capacity = flags.max_seq
+        if longest > capacity or query > flags.max_query:
+            raise FlashVLMError(
+                f"prompt and answer take {longest} tokens, {query} of them the question; the engines take "
+                f"{capacity} and {flags.max_query}: ask for fewer, or build with: "
+                f"flashvlm-compile {bundle.path} --max-seq {longest} --max-query {query}"
+            )
+    valid: dict[str, np.ndarray] = {"valid": np.ones((1, manifest.model.num_image_tokens), np.bool_)}
+    asked: dict[str, np.ndarray] = {"query_mask": np.ones((1, query), np.bool_)}
+    found = [Job("vision", "vision", None, "vision", {"batch": 1})]
+    for budget in budgets:
+        length = prefix + image_tokens(manifest, budget) + suffix
+        if budget != "all":
+            sizes = {"batch": 1, "query": query}
+            found.append(Job(f"select-k{budget}", "select", budget, select_graph(budget), sizes, valid | asked))
+        steps: tuple[tuple[Stage, str, int, int], ...]
+        steps = ("prefill", "prompt", 0, length), ("decode", "token", length + new_tokens // 2, 1)
+        for stage, name, start, count in steps:
+            sizes = {"batch": 1, "sequence": count, "capacity": capacity}
+            values = {
+                "position_ids": np.arange(start, start + count, dtype=np.int64)[None],
+                "cache_position": np.array([start], np.int64),
+                "num_tokens": np.array([count], np.int64),
+            }
+            label = f"decoder-{name}-{'all' if budget == 'all' else f'k{budget}'}"
+            found.append(Job(label, stage, budget, "decoder", sizes, values))
+        if budget != "all" and prefill_graph(budget) in manifest.graphs:
+            name = prefill_graph(budget)
+            sizes = {"batch": 1, "query": query, "prefix": prefix, "suffix": suffix, "capacity": capacity}
+            count_of_suffix = {"num_tokens": np.array([suffix], np.int64)}
+            found.append(Job(name, "fused", budget, name, sizes, count_of_suffix | asked))
+    return found
+
+
+def needs_engine(bundle: Bundle, job: Job) -> bool:
+    """Whether trtexec cannot take the graph itself: TensorScatter wants a capacity that is a number."""
+    return bundle.manifest.dialect == "modern" and "capacity" in job.sizes
+
+
+# --- command lines -------------------------------------------------------------------------------------------------
+
+
+def command(
+    bundle: Bundle,
+    job: Job,
+    engines: Engines | None,
+    target: Target,
+    folder: Path,
+    runs: int,
+    executable: str | None = None,
+    plugins: Sequence[Path] = (),
+    static_plugins: Sequence[Path] = (),
+) -> list[str]:
+    """The line that measures a job and writes its three reports into ``folder``, where ``write_values`` put its inputs.
+
+    With engines it loads one; otherwise it builds from the ONNX file for just these shapes.
+    """
+    graph = bundle.graph(job.graph)
+    shapes = _shapes(graph, job.sizes)
+    line = [executable or EXECUTABLES[target]]
+    if engines is not None:
+        line += [f"--loadEngine={engines.folder / engines.manifest.engines[job.graph].file}"]
+    else:
+        line += [f"--onnx={bundle.path / graph.file}", f"--minShapes={_shapes(graph, dict.fromkeys(job.sizes, 1))}"]
+        line += [f"--optShapes={shapes}", f"--maxShapes={shapes}"]
+        line += ["--stronglyTyped"] if target == "tensorrt" else []  # TensorRT-RTX knows no other mode
+        line += ["--enablePluginOverride"] if plugins or static_plugins else []
+    line += [f"--shapes={shapes}"]
+    if job.values:
+        line += ["--loadInputs=" + ",".join(f"{name}:{folder / job.values_file(name)}" for name in job.values)]
+    line += [f"--dynamicPlugins={path}" for path in plugins] + [f"--staticPlugins={path}" for path in static_plugins]
+    line += [f"--iterations={runs}", f"--warmUp={WARM_UP_MS}", f"--duration={SECONDS}"]
+    line += _timing_flags(target, None if engines is None else engines.manifest.version)
+    line += ["--profilingVerbosity=detailed"]
+    line += [f"--exportTimes={folder / job.report('times')}", f"--exportProfile={folder / job.report('profile')}"]
+    return [*line, f"--exportLayerInfo={folder / job.report('layers')}"]
+
+
+def _shapes(graph: GraphSpec, sizes: dict[str, int]) -> str:
+    """``name:1x3x336x336,...`` of the inputs with a symbolic dimension; the others stand in the graph."""
+    dynamic = [spec for spec in graph.inputs if any(isinstance(d, str) for d in spec.shape)]
+    return ",".join(
+        f"{spec.name}:{'x'.join(str(sizes[d] if isinstance(d, str) else d) for d in spec.shape)}" for spec in dynamic
+    )
+
+
+def _timing_flags(target: Target, version: str | None) -> list[str]:
+    """Kernels alone, without copies and launch gaps, and layers timed apart from the whole."""
+    if target == "tensorrt-rtx":
+        return ["--rtxCudaGraphStrategy=wholeGraph", "--noDataTransfers", "--separateProfileRun"]
+    if version is not None and int(version.split(".")[0]) >= 11:
+        return []  # the defaults since 11.0, where the flags are deprecated
+    return ["--useCudaGraph", "--noDataTransfers", "--useSpinWait", "--separateProfileRun"]
+
+
+def script(
+    bundle: Bundle,
+    measured: Sequence[Job],
+    engines: Engines | None,
+    target: Target,
+    folder: Path,
+    runs: int,
+    **more: Any,
+) -> Iterator[str]:
+    """The lines as a shell script; ``more`` as for ``command``. Without engines it begins with building them."""
+    if engines is None:
+        yield compile_command(bundle, target)
+    for job in measured:
+        if engines is None and needs_engine(bundle, job):
+            yield f"# {job.name}: TensorRT takes {job.graph} with a fixed KV capacity only; list it again once built"
+        else:
+            yield shlex.join(command(bundle, job, engines, target, folder, runs, **more))
+
+
+def write_values(job: Job, folder: Path) -> None:
+    """Inputs as trtexec reads them: raw little-endian values in C order."""
+    for name, array in job.values.items():
+        array.tofile(folder / job.values_file(name))
+
+
+def find_executable(target: Target) -> str:
+    """Path of trtexec or tensorrt_rtx; refuses with where it comes from."""
+    name = EXECUTABLES[target]
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(USUAL_FOLDERS))
+    if found is None:
+        origin = "the TensorRT archive or JetPack" if target == "tensorrt" else "the TensorRT-RTX archive"
+        raise FlashVLMError(
+            f"{name} is not on the PATH: it is part of {origin}, not of the Python package; "
+            f"add its bin folder to PATH, or print the lines for another machine with --print-commands"
+        )
+    return found
+
+
+def run(line: Sequence[str], log: Path) -> None:
+    """Runs a command line, its output to ``log``.
+
+    Raises:
+        FlashVLMError: it failed, with the first error it printed.
+    """
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    log.write_text(f"{shlex.join(line)}\n{done.stdout}", encoding="utf-8")
+    if done.returncode:
+        errors = [text.partition("[E]")[2].strip() for text in done.stdout.splitlines() if "[E]" in text]
+        reason = errors[0] if errors else (done.stdout.strip().splitlines() or ["it printed nothing"])[-1]
+        raise FlashVLMError(f"{Path(line[0]).name} failed with status {done.returncode} in {log.stem}: {reason}")
+
+
+def collect(
+    bundle: Bundle, options: ProfileOptions, measured: Sequence[Job], folder: Path, backend: str, text_tokens: int
+) -> Profile:
+    """The profile of jobs whose reports are in ``folder``.
+
+    Stages ran apart: percentiles of a sum are sums of percentiles, and so wider than those of whole answers.
+    """
+    times = {(job.stage, job.budget): Spread.of(read_times(folder / job.report("times"))) for job in measured}
+    capacity = max(job.sizes.get("capacity", 0) for job in measured)
+    first: dict[Budget, Spread] = {}
+    stages: dict[Budget, dict[str, Spread]] = {}
+    for budget in options.budgets:
+        stages[budget] = {stage: spread for (stage, of), spread in times.items() if of in (None, budget)}
+        parts = [stages[budget][stage] for stage in ("vision", "select", "prefill") if stage in stages[budget]]
+        first[budget] = sum(parts[1:], start=parts[0])
+    whole = first.get("all")
+    budgets = tuple(
+        BudgetProfile(
+            budget=budget,
+            text_tokens=text_tokens,
+            image_tokens=image_tokens(bundle.manifest, budget),
+            kv_bytes=kv_bytes(bundle, capacity),
+            stages=stages[budget],
+            first_token=first[budget],
+            answer=first[budget] + stages[budget]["decode"].times(options.new_tokens - 1),
+            speedup=None if whole is None else whole.over(first[budget]),
+        )
+        for budget in options.budgets
+    )
+    layers = {}
+    for job in measured:
+        nodes = read_layer_nodes(folder / job.report("layers"))
+        layers[job.name] = sum_by_path(read_profile(folder / job.report("profile")), nodes)
+    return describe(bundle, backend, options, budgets, interleaved=False, layers=layers)
+
+
+# --- reports -------------------------------------------------------------------------------------------------------
+
+
+def read_times(path: Path) -> list[float]:
+    """Milliseconds of GPU compute of each inference."""
+    return _read(path, "--exportTimes", lambda entries: [float(entry["computeMs"]) for entry in entries])
+
+
+def read_profile(path: Path) -> list[tuple[str, float]]:
+    """(layer, milliseconds an inference) in execution order: the median, or in files of old versions the mean."""
+
+    def layers(entries: Any) -> list[tuple[str, float]]:
+        named = (entry for entry in entries if "name" in entry)
+        return [(entry["name"], float(entry.get("medianMs", entry.get("averageMs")))) for entry in named]
+
+    return _read(path, "--exportProfile", layers)
+
+
+def read_layer_nodes(path: Path) -> dict[str, list[str]]:
+    """The ONNX nodes of each layer, from an engine built with detailed verbosity; empty for any other."""
+
+    def nodes(found: Any) -> dict[str, list[str]]:
+        detailed = (layer for layer in found["Layers"] if isinstance(layer, dict))
+        return {layer["Name"]: re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer.get("Metadata", "")) for layer in detailed}
+
+    return _read(path, "--exportLayerInfo", nodes)
+
+
+def _read(path: Path, option: str, parse: Callable[[Any], T]) -> T:
+    try:
+        # Control characters separate the nodes of a fused layer, and may come unescaped.
+        found = json.loads(path.read_text(encoding="utf-8"), strict=False)
+        if not found:
+            raise ValueError("nothing in it")
+        return parse(found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FlashVLMError(f"{path}: expected what trtexec {option} writes, found: {error}") from None
+
+
+def layer_path(name: str, nodes: Iterable[str] = ()) -> str:
+    """The module a layer belongs to, as a path: of a fused layer, what all of its nodes have in common.
+
+    ``nodes`` are those the engine itself lists. Without them the layer's name tells: ``/a/b/MatMul + /a/b/Add``,
+    ``{ForeignNode[/a/b/MatMul.../a/c/Add]}``, ``Reformatting CopyNode for Input Tensor 0 to /a/b/Conv``.
+    """
+    listed = [node for node in nodes if node.startswith("/")]
+    paths = listed or [part for text in name.split("...") for part in re.findall(r"/[^\s+,()\[\]{}]+", text)]
+    if not paths:
+        return OUTSIDE
+    modules = [path.rpartition("/")[0] or "/" for path in paths]  # the last part is the operator
+    return os.path.commonpath(modules)
+
+
+def sum_by_path(layers: Iterable[tuple[str, float]], nodes: dict[str, list[str]]) -> dict[str, float]:
+    """Milliseconds by module path, most first; each layer counts once, so that the values add up to all of them."""
+    sums: dict[str, float] = {}
+    for name, milliseconds in layers:
+        path = layer_path(name, nodes.get(name, ()))
+        sums[path] = sums.get(path, 0.0) + milliseconds
+    return dict(sorted(sums.items(), key=lambda entry: -entry[1]))
+
+
+def over_layers(sums: dict[str, float], depth: int) -> dict[str, float]:
+    """The same, with all layers of a stack as one (``layers.*``) and paths cut to ``depth`` parts."""
+    groups: dict[str, float] = {}
+    for path, milliseconds in sums.items():
+        group = LAYERS.sub(".*", "/".join(path.split("/")[: depth + 1]))
+        groups[group] = groups.get(group, 0.0) + milliseconds
+    return dict(sorted(groups.items(), key=lambda entry: -entry[1]))

@@ -1,0 +1,186 @@
+"""flashvlm-compile with the real TensorRT-RTX compiler, which builds without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from flashvlm.bundle import sha256
+from flashvlm.engines import read_manifest
+from flashvlm.errors import FlashVLMError
+from flashvlm_export.cli_compile import main
+from flashvlm_export.compile import CompileOptions, compile_bundle
+from flashvlm_export.exporter import ExportOptions, export
+from refusals import assert_refused, run
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed; pip install 'flashvlm[tensorrt-rtx]'")
+
+RTX = ("--target", "tensorrt-rtx", "--compute-capability", "8.9", "--max-seq", "128")
+
+
+def built(bundle: Path, **options: Any) -> Any:
+    settings: dict[str, Any] = {"target": "tensorrt-rtx", "compute_capabilities": ("8.9",), "max_seq": 128}
+    return compile_bundle(CompileOptions(bundle=bundle, **(settings | options)))
+
+
+@pytest.fixture
+def half(tiny_gqa_half_bundle: Path, tmp_path: Path) -> Path:
+    """A float16 bundle of one's own, without engines."""
+    return shutil.copytree(tiny_gqa_half_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture
+def legacy(tiny_gqa_legacy_bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_gqa_legacy_bundle, tmp_path / "legacy")
+
+
+@pytest.mark.parametrize("kind", ["half", "legacy"])  # bfloat16 is in the slow tier
+def test_every_graph_becomes_an_engine(kind: str, request: pytest.FixtureRequest) -> None:
+    bundle: Path = request.getfixturevalue(kind)
+    report = built(bundle, compute_capabilities=("8.0", "8.6", "8.9", "12.0", "12.1"))
+    manifest = read_manifest(report.folder)
+    assert set(manifest.engines) == set(json.loads((bundle / "bundle.json").read_text())["graphs"])
+    for name, spec in manifest.engines.items():
+        path = report.folder / spec.file
+        assert (path.stat().st_size, sha256(path)) == (spec.size, spec.sha256), name
+        assert spec.build_seconds >= 0
+        assert spec.peak_rss > 0
+    assert report.folder.name.startswith("tensorrt-rtx-")
+    assert not [p for p in report.folder.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_a_second_run_reuses_what_still_matches(half: Path) -> None:
+    first = built(half)
+    again = built(half)
+    assert (first.reused, set(again.reused)) == ((), {"vision", "decoder", "select-k5", "prefill-k5"})
+    assert again.manifest == first.manifest
+    assert built(half, max_seq=64).reused == ()  # another capacity is another engine
+    engine = again.folder / "vision.engine"
+    built(half)
+    engine.write_bytes(b"\0" * engine.stat().st_size)
+    assert set(built(half).reused) == {"decoder", "select-k5", "prefill-k5"}
+    assert built(half, force=True).reused == ()
+
+
+def test_the_timing_cache_survives_two_builds_at_once(half: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "timing"
+    other = shutil.copytree(half, tmp_path / "other")
+    command = [sys.executable, "-m", "flashvlm_export.cli_compile", *RTX, "--timing-cache", str(cache)]
+    runs = [subprocess.Popen([*command, str(bundle)], stderr=subprocess.PIPE) for bundle in (half, other)]
+    assert [process.wait(120) for process in runs] == [0, 0]
+    assert cache.stat().st_size > 0
+    assert built(half, force=True, timing_cache=cache).reused == ()
+    assert not cache.with_name("timing.partial").exists()
+
+
+def in_its_own_process(bundle: Path, *flags: str) -> str:
+    """What a failing build prints: TensorRT-RTX 1.7 keeps the target of a failed build for later ones of a process."""
+    command = [sys.executable, "-m", "flashvlm_export.cli_compile", str(bundle), *RTX, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert not (bundle / "engines").exists()
+    return done.stderr.splitlines()[-1]
+
+
+def test_turing_has_no_float32_products(half: Path) -> None:
+    """The selection scores in float32, for which TensorRT-RTX 1.7 has no product on compute capability 7.5."""
+    message = in_its_own_process(half, "--compute-capability", "7.5")
+    assert re.search(r"failed to build select-k5.onnx: .*FP32 GEMM is not supported", message)
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="with a GPU the compiler strips weights")
+def test_stripping_weights_without_a_gpu_is_refused(half: Path) -> None:
+    assert "stripping weights needs a GPU" in in_its_own_process(half, "--strip-weights")
+
+
+def test_compiling_never_imports_torch(half: Path) -> None:
+    code = f"""
+import sys
+sys.argv = ["flashvlm-compile", {str(half)!r}, *{RTX!r}]
+from flashvlm_export.cli_compile import main
+try:
+    main()
+except SystemExit as stop:
+    assert stop.code == 0
+assert not {{"torch", "transformers", "onnxruntime"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "decoder" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--target", "tensorrt-rtx"), "--compute-capability is needed"),
+        (("--target", "tensorrt-rtx", "--compute-capability", "9"), "expected major.minor"),
+        (("--target", "tensorrt-rtx", "--compute-capability", "3.5"), "builds for 7.5"),
+        ((*RTX, "--max-seq", "1"), "--max-seq 1: expected 2 to"),
+        ((*RTX, "--max-seq", "100000"), "the capacity of"),
+        ((*RTX, "--max-batch", "0"), "expected at least 1"),
+        ((*RTX, "--version-compatible"), "leave that option out"),
+        (("--target", "onnx"), "onnx"),
+        (("--optimization-level", "9"), "--optimization-level"),
+    ],
+)
+def test_options_are_refused(half: Path, flags: tuple[str, ...], expected: str) -> None:
+    assert_refused(run(main, half, *flags), expected)
+    assert not (half / "engines").exists()
+
+
+def test_a_missing_compiler_is_refused_with_its_install_line(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert_refused(run(main, half), "pip install 'flashvlm[tensorrt]'")
+
+
+def test_float32_attention_is_refused_before_the_build(tiny_gqa_bundle: Path) -> None:
+    assert_refused(
+        run(main, tiny_gqa_bundle, *RTX), "export with --dtype float16 or bfloat16, or with --dialect legacy"
+    )
+    assert not (tiny_gqa_bundle / "engines").exists()
+
+
+def test_a_graph_the_compiler_cannot_take_is_refused_by_operator(half: Path) -> None:
+    path = half / "select-k5.onnx"
+    model = onnx.load(path)
+    node = next(n for n in model.graph.node if n.op_type == "TopK")
+    node.domain, node.op_type = "elsewhere", "Sorting"
+    model.opset_import.append(onnx.helper.make_opsetid("elsewhere", 1))
+    onnx.save(model, path)
+    manifest = json.loads((half / "bundle.json").read_text())
+    manifest["files"][path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    (half / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(FlashVLMError, match=r"cannot take select-k5.onnx: .*Sorting"):
+        built(half)
+    assert not (half / "engines").exists()
+
+
+def test_engines_do_not_outgrow_their_weights(half: Path) -> None:
+    """At these sizes kernels outweigh weights; the real ratio is in the slow tier."""
+    report = built(half, max_batch=2)
+    assert report.manifest.engines["decoder"].size > os.path.getsize(half / "decoder.data")
+
+
+@pytest.mark.slow
+def test_real_sizes(tmp_path: Path) -> None:
+    """LLaVA-1.5-7B's layer shapes, cut to two language layers; engines within 1.05 of their weights (DESIGN 5)."""
+    import checkpoints
+
+    model = checkpoints.write_checkpoint("llava-1.5-7b", tmp_path / "checkpoint", layers=2).folder
+    for dtype in ("float16", "bfloat16"):
+        out = tmp_path / dtype
+        export(ExportOptions(model=str(model), out=out, budgets=(32, 64, 128, 192), dtype=dtype))  # type: ignore[arg-type]
+        report = built(out, max_seq=2048, compute_capabilities=("8.0", "8.6", "8.9", "12.0", "12.1"))
+        for name in ("vision", "decoder"):
+            weights = (out / f"{name}.data").stat().st_size
+            assert report.manifest.engines[name].size <= 1.05 * weights
+        shutil.rmtree(out)
