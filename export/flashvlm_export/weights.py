@@ -99,8 +99,10 @@ def write(
     def emit(block: memoryview | bytes) -> None:
         nonlocal position
         digest.update(block)
-        file.write(block)
         position += len(block)
+        left = memoryview(block)
+        while left:  # one call takes at most 2 GiB
+            left = left[file.write(left) :]
 
     with path.open("wb", buffering=0) as raw, ThreadPoolExecutor(max_workers=1) as writer:
         file = raw
@@ -181,7 +183,7 @@ def _pieces(source: StoredTensor, file: FileIO, scratch: _Scratch) -> Iterator[m
 
 
 def _whole(p: Placement, file: FileIO, scratch: _Scratch) -> Iterator[memoryview]:
-    """The bytes transposed or cast, handed over in blocks, so that they are written while the next are read."""
+    """The bytes transposed or cast."""
     raw, ready = scratch.read(p.source.nbytes), scratch.hand_over(p.nbytes)
     _read_exactly(file, raw, p.source)
     stored = torch.frombuffer(raw, dtype=TORCH_DTYPES[p.source.dtype]).view(p.source.shape)
@@ -189,8 +191,7 @@ def _whole(p: Placement, file: FileIO, scratch: _Scratch) -> Iterator[memoryview
     result.copy_(stored.t() if p.transposed else stored)
     if p.dtype != p.source.dtype and torch.isfinite(stored).all() and not torch.isfinite(result).all():
         raise CheckpointError(f"{p.source.name} has values beyond {p.dtype}; export with --dtype bfloat16 or float32")
-    for start in range(0, len(ready), BLOCK):
-        yield ready[start : start + BLOCK]
+    yield ready  # whole: the next tensor is read and transposed while this one is hashed and written
 
 
 def _read_exactly(file: FileIO, target: memoryview, source: StoredTensor) -> None:
