@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,11 +55,11 @@ def run(
         "seed": seed,
     }
     pipeline = _open(bundle, provider, threads, verify)
+    keep = _budget(budget)
     if prompt is None:
-        _chat(pipeline, source, _budget(budget), options)
+        _chat(pipeline, source, keep, options)
         return
-    stream = pipeline.stream(source, prompt, budget=_budget(budget), **options)
-    answer = _drain(stream, silent=json_output)
+    answer = _drain(lambda: pipeline.stream(source, prompt, budget=keep, **options), silent=json_output)
     if show is not None and source is not None:
         _save_picture(pipeline, source, prompt, answer, show)
     if json_output:
@@ -83,9 +86,12 @@ def _budget(text: str | None) -> int | Literal["all"] | None:
         raise SelectionError(f"--budget {text!r}: expected a whole number of tokens, or all") from None
 
 
-def _drain(stream: Stream, silent: bool) -> Answer:
-    """Prints the pieces as they come."""
-    for piece in stream:
+def _drain(start: Callable[[], Stream], silent: bool) -> Answer:
+    """Prints the pieces as they come; a spinner on a terminal until the first one."""
+    with cli_support.waiting("reading"):
+        stream = start()
+        first = next(stream, "")
+    for piece in itertools.chain([first], stream):
         if not silent:
             typer.echo(piece, nl=False)
     if not silent:
@@ -110,7 +116,7 @@ def _chat(
         if not question.strip():
             return
         try:
-            _drain(conversation.stream(question, **options), silent=False)
+            _drain(partial(conversation.stream, question, **options), silent=False)
         except PromptError as error:  # the conversation goes on without this question
             typer.echo(f"error: {error}", err=True)
 
