@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # LLaVA-1.5's conversation: an optional system sentence, then turns; the image comes first in its turn.
@@ -77,7 +77,7 @@ _TEMPLATES = (
 )
 
 
-def _corpus(lines: int) -> Iterator[str]:
+def english(lines: int) -> Iterator[str]:
     """English-like sentences; invented words made of syllables keep a large vocabulary from running dry."""
     rng = random.Random(_CORPUS_SEED)
     stems = _NOUNS + _ADJECTIVES + _VERBS
@@ -105,12 +105,13 @@ def _corpus(lines: int) -> Iterator[str]:
         )
 
 
-def make_tokenizer(text_tokens: int, max_length: int) -> Any:
+def make_tokenizer(text_tokens: int, max_length: int, corpus: Iterable[str] | None = None) -> Any:
     """Train a byte-fallback BPE with Llama's conventions.
 
     Args:
         text_tokens: its size before ``<image>`` and ``<pad>``, which take the next two ids.
         max_length: the longest input it declares.
+        corpus: lines to learn the pieces from; invented English if not given.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import AddedToken, LlamaTokenizer
@@ -120,7 +121,7 @@ def make_tokenizer(text_tokens: int, max_length: int) -> Any:
     trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     trainer = trainers.BpeTrainer(vocab_size=text_tokens - len(FIXED_TOKENS), show_progress=False)
     # About 1.5 new words a line: enough for the merges a large vocabulary asks for.
-    trained.train_from_iterator(_corpus(max(2000, text_tokens)), trainer)
+    trained.train_from_iterator(english(max(2000, text_tokens)) if corpus is None else corpus, trainer)
     model = json.loads(trained.to_str())["model"]
 
     pieces = FIXED_TOKENS + sorted(model["vocab"], key=model["vocab"].get)

@@ -57,7 +57,7 @@ class Preset:
         return -(-(self.text_tokens + 2) // self.vocab_multiple) * self.vocab_multiple
 
 
-def _vision(image: int, hidden: int, layers: int, heads: int, inter: int, projection: int) -> dict[str, int]:
+def vision_sizes(image: int, hidden: int, layers: int, heads: int, inter: int, projection: int) -> dict[str, int]:
     return {
         "image_size": image,
         "patch_size": 14,
@@ -69,7 +69,7 @@ def _vision(image: int, hidden: int, layers: int, heads: int, inter: int, projec
     }
 
 
-def _text(hidden: int, layers: int, heads: int, inter: int, **more: Any) -> dict[str, Any]:
+def text_sizes(hidden: int, layers: int, heads: int, inter: int, **more: Any) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -81,19 +81,19 @@ def _text(hidden: int, layers: int, heads: int, inter: int, **more: Any) -> dict
     }
 
 
-_CLIP_L_336 = _vision(336, 1024, 24, 16, 4096, 768)
+_CLIP_L_336 = vision_sizes(336, 1024, 24, 16, 4096, 768)
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(_vision(56, 32, 3, 2, 64, 32), _text(48, 2, 4, 96), 512, 1, "float32"),
+    "tiny": Preset(vision_sizes(56, 32, 3, 2, 64, 32), text_sizes(48, 2, 4, 96), 512, 1, "float32"),
     "tiny-gqa": Preset(
-        _vision(70, 36, 4, 3, 76, 20),
-        _text(72, 3, 6, 150, num_key_value_heads=2, head_dim=16),
+        vision_sizes(70, 36, 4, 3, 76, 20),
+        text_sizes(72, 3, 6, 150, num_key_value_heads=2, head_dim=16),
         512,
         64,
         "float32",
     ),
-    "small": Preset(_vision(336, 192, 6, 3, 768, 128), _text(256, 4, 4, 688), 4096, 64, "float16"),
-    "llava-1.5-7b": Preset(_CLIP_L_336, _text(4096, 32, 32, 11008), 32000, 64, "float16"),
-    "llava-1.5-13b": Preset(_CLIP_L_336, _text(5120, 40, 40, 13824), 32000, 64, "float16"),
+    "small": Preset(vision_sizes(336, 192, 6, 3, 768, 128), text_sizes(256, 4, 4, 688), 4096, 64, "float16"),
+    "llava-1.5-7b": Preset(_CLIP_L_336, text_sizes(4096, 32, 32, 11008), 32000, 64, "float16"),
+    "llava-1.5-13b": Preset(_CLIP_L_336, text_sizes(5120, 40, 40, 13824), 32000, 64, "float16"),
 }
 
 
@@ -166,7 +166,7 @@ def write_checkpoint(
     with _appear_whole(Path(out), force) as folder:
         config = make_config(preset, dtype)
         config.save_pretrained(folder)
-        _generation_config(preset).save_pretrained(folder)
+        generation_config(preset).save_pretrained(folder)
         save_processor(preset, folder)
         tensors = list_tensors(config, naming)
         shards = write_shards(tensors, folder, seed, dtype, limit, progress)
@@ -251,13 +251,13 @@ def make_config(preset: Preset, dtype: str) -> Any:
     )
 
 
-def _generation_config(preset: Preset) -> Any:
+def generation_config(preset: Preset) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=preset.pad_token_id)
 
 
-def save_processor(preset: Preset, folder: Path) -> None:
+def save_processor(preset: Preset, folder: Path, tokenizer: Any = None) -> None:
     """Write tokenizer, image processor, processor and chat template in the layout of the hub's folders."""
     # The Pillow class is the one that exists without torchvision; both save as `CLIPImageProcessor`.
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -267,7 +267,9 @@ def save_processor(preset: Preset, folder: Path) -> None:
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}, resample=3
     )
     image_processor.save_pretrained(folder)
-    make_tokenizer(preset.text_tokens, preset.text["max_position_embeddings"]).save_pretrained(folder)
+    if tokenizer is None:
+        tokenizer = make_tokenizer(preset.text_tokens, preset.text["max_position_embeddings"])
+    tokenizer.save_pretrained(folder)
     processor = {
         "image_token": "<image>",
         "num_additional_image_tokens": 1,  # CLS, which the "default" strategy then drops

@@ -1,0 +1,31 @@
+"""Writes the trained model as a Hugging Face checkpoint: what is shipped, and nothing that only training used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import checkpoints
+from demo_model import build
+from demo_model.stages import Demo
+
+DTYPE = "float16"
+
+
+def ship(demo: Demo, folder: Path, card: str) -> int:
+    """Writes config, processor, float16 weights under the hub's names, and the model card; returns bytes of weights."""
+    config = checkpoints.make_config(build.PRESET, DTYPE)
+    config.save_pretrained(folder)
+    checkpoints.generation_config(build.PRESET).save_pretrained(folder)
+    build.save_processor(folder)
+    tensors = {
+        checkpoints.rename(name, "hub"): tensor.detach().to(torch.float16).contiguous()
+        for name, tensor in demo.state_dict().items()
+        if not name.startswith("heads.")
+    }
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return weights.stat().st_size

@@ -1,0 +1,98 @@
+"""Training of the demo model: a stage that was cut short goes on as if it had not been; losses read what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from demo_model import build, train
+from demo_model.batches import IGNORED, Batches, Plan, Turns
+from demo_model.stages import STAGES, Demo, Stage
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processor")
+    build.save_processor(folder)
+    return folder
+
+
+def small(stage: str, **more: object) -> Stage:
+    plan = Plan(scenes=2, questions=2, sides=(6,), **more)  # type: ignore[arg-type]
+    return Stage(((0.0, plan),), STAGES[stage].trained, 1e-3)
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+def test_a_killed_stage_resumes_to_the_same_weights(
+    processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STAGES, "words", small("words", pixels=False, labels=True, grounds=3))
+    monkeypatch.setattr(train, "SAVED_EVERY", 2)
+    folders = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in processor.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        folders.append(folder)
+
+    seen: list[int] = []
+
+    def killing(step: int, losses: dict[str, float]) -> None:
+        seen.append(step)
+        if step == 3:
+            raise Killed
+
+    whole = train.train("words", 4, folders[0], (), lambda step, losses: None, 1, 0)
+    with pytest.raises(Killed):
+        train.train("words", 4, folders[1], (), killing, 1, 0)
+    resumed = train.train("words", 4, folders[1], (), lambda step, losses: seen.append(step), 1, 0)
+    assert seen == [1, 2, 3, 3, 4]
+    a, b = load_file(whole), load_file(resumed)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_each_stage_moves_only_what_it_trains(processor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = train.load_demo(processor)
+    plans = {
+        "words": {"pixels": False, "labels": True, "grounds": 3},
+        "tower": {"pixels": True, "labels": True},
+        "align": {"pixels": True, "labels": True},
+        "answer": {"pixels": True, "labels": False},
+    }
+    for name, plan in plans.items():
+        batch = Batches(Plan(scenes=2, questions=2, sides=(6,), **plan), name, range(1), processor)[0]
+        demo.zero_grad()
+        losses = demo(name, batch)
+        sum(value for key, value in losses.items() if key != "token accuracy").backward()
+        moved = {n for n, p in demo.named_parameters() if p.grad is not None and p.grad.any()}
+        assert any(n.startswith(prefix) for n in moved for prefix in STAGES[name].trained)
+        assert all(any(n.startswith(prefix) for n in moved) for prefix in STAGES[name].trained)
+
+
+def test_targets_are_the_answers(processor: Path) -> None:
+    turns = Turns(processor)
+    encoded = turns.encode([[("What color is the star?", "red"), ("Where is it?", "top left")]], [5])
+    ids, targets = encoded["input_ids"][0], encoded["targets"][0]
+    assert (ids == turns.image_id).sum() == 5
+    answers = targets[targets != IGNORED].tolist()
+    words = [turns.word_ids()[a, w].item() for a, w in ((0, 1), (7, 1), (8, 1))]  # red, top, left
+    assert answers == [words[0], turns.end_id, words[1], words[2], turns.end_id]
+
+
+def test_windows_see_their_own_place(processor: Path) -> None:
+    """A whole scene through ``see`` is what transformers' own tower makes of it, features and CLS alike."""
+    demo: Demo = train.load_demo(processor).eval()
+    batch = Batches(Plan(1, 0, (24,), pixels=True, labels=False), "tower", range(1), processor)[0]
+    with torch.no_grad():
+        features, cls = demo.see(batch)
+        tower = demo.model.vision_tower(batch["pixel_values"], output_hidden_states=True)
+    assert torch.allclose(features, tower.hidden_states[-2][:, 1:], atol=1e-4)
+    assert torch.allclose(cls, tower.last_hidden_state[:, 0], atol=1e-4)
