@@ -66,7 +66,7 @@ def test_the_commands_of_the_readme_run(demo: tuple[Path, str]) -> None:
             line = line.replace("--model llava-1.5-7b", "--model demo-out/checkpoint")
             run(f"echo 'What is it?' | {line}", tree)
             ran += 1
-    assert ran == 5
+    assert ran == 6
     (python,) = blocks("README.md", "python")
     (tree / "example.py").write_text(python)
     assert run("python example.py", tree).strip()

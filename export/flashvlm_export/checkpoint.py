@@ -19,6 +19,8 @@ ALIASES = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
 }
+# Comes with this package; a folder of the same name is ./demo.
+SHIPPED = {"demo": Path(__file__).parent / "demo"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -64,7 +66,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Finds a checkpoint and indexes its tensors.
 
     Args:
-        model: an alias such as ``llava-1.5-7b``, a Hub id such as ``llava-hf/llava-1.5-7b-hf``, or a folder.
+        model: ``demo``, an alias such as ``llava-1.5-7b``, a Hub id such as ``llava-hf/llava-1.5-7b-hf``, or a folder.
         revision: branch, tag or commit on the Hub; None for its default branch.
 
     Raises:
@@ -90,8 +92,18 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(model, folder, config, tensors)
 
 
-def _locate(model: str, revision: str | None) -> Path:
-    folder = Path(model).expanduser()
+def find_config(model: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """``config.json`` of a model alone: its path and what it says. From the Hub, no other file is downloaded.
+
+    Raises:
+        CheckpointError: as ``open_checkpoint``, of the one file.
+    """
+    path = _locate(model, revision, ["config.json"]) / "config.json"
+    return path, read_json(path)
+
+
+def _locate(model: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
+    folder = SHIPPED.get(model, Path(model).expanduser())
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"--revision {revision} is for models on the Hub; {model} is a folder")
@@ -100,14 +112,14 @@ def _locate(model: str, revision: str | None) -> Path:
         return folder
     repo = ALIASES.get(model, model)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")) or repo.endswith("/"):
-        known = ", ".join(ALIASES)
+        known = ", ".join((*SHIPPED, *ALIASES))
         raise CheckpointError(
             f"unknown model {model!r}: expected a folder, a Hub id such as owner/name, or one of {known}"
         )
-    return _download(repo, revision)
+    return _download(repo, revision, files)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub import errors as hub
 
@@ -120,9 +132,7 @@ def _download(repo: str, revision: str | None) -> Path:
             pass  # an answer: snapshot_download says what it means
         except Exception:  # of whichever HTTP library huggingface_hub is built on
             reachable = False
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, local_files_only=not reachable)
-        )
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=not reachable))
     except hub.GatedRepoError:
         reason = "it is gated; ask for access on its page, then run: hf auth login"
     except hub.RevisionNotFoundError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +15,11 @@ from flashvlm.errors import FlashVLMError, SelectionError
 
 if TYPE_CHECKING:
     from flashvlm_export.exporter import ExportReport
+    from flashvlm_export.plan import Plan
 
 app = cli_support.new_app()
+
+PLAN_WIDTH = 120  # columns of a plan that goes to a file or a pipe
 
 
 class Query(str, Enum):
@@ -50,8 +55,8 @@ def _flag(text: str, *names: str) -> Any:
 
 @app.command()
 def export(
-    model: Annotated[str, _flag("llava-1.5-7b, llava-1.5-13b, a Hub id, or a checkpoint folder.", "--model")],
-    out: Annotated[Path, _flag("Bundle folder to write.", "--out")],
+    model: Annotated[str, _flag("demo, llava-1.5-7b, llava-1.5-13b, a Hub id, or a checkpoint folder.", "--model")],
+    out: Annotated[Path | None, _flag("Bundle folder to write.", "--out")] = None,
     budget: Annotated[str, _flag("Visual tokens to keep: 64, a list 64,128, or all.", "--budget")] = "64",
     method: Annotated[str, _flag("Selection method.", "--method")] = "flashvlm",
     query: Annotated[
@@ -75,20 +80,31 @@ def export(
     partition_space: Annotated[str, _flag("Space of the partition: features or projected.")] = "features",
     seed: Annotated[int, _flag("Seed of --method random.")] = 0,
     quiet: Annotated[bool, _flag("No progress and no summary.", "--quiet")] = False,
+    plan: Annotated[bool, _flag("Only print the memory it takes; reads config.json alone.", "--plan")] = False,
+    json: Annotated[bool, _flag("With --plan: print it as JSON.", "--json")] = False,
+    max_batch: Annotated[int, _flag("With --plan: largest batch.")] = 1,
+    prompt_tokens: Annotated[int, _flag("With --plan: text of the prompt, template included.")] = 40,
+    new_tokens: Annotated[int, _flag("With --plan: tokens of an answer.")] = 64,
 ) -> None:
     """Export a vision-language checkpoint to an ONNX bundle that selects visual tokens by the question."""
     budgets = parse_budgets(budget)
+    if plan:
+        sizes = (max_seq, max_batch, prompt_tokens, new_tokens)
+        _plan(model, budgets, dtype.value, dialect.value, revision, sizes, json)
+        return
+    if json:
+        raise FlashVLMError("--json prints a plan; add --plan")
+    if out is None:
+        raise FlashVLMError(
+            "Missing option '--out', the bundle folder to write; or --plan, to see sizes without one "
+            "(see flashvlm-export --help)"
+        )
     with cli_support.bars(quiet) as progress:
         starting = progress.start("starting", 1)
-        try:
+        with _installed():
             from flashvlm_export.exporter import ExportOptions
             from flashvlm_export.exporter import export as run_export
             from flashvlm_export.selection import SelectionParams
-        except ImportError as error:  # also what a version too old or a broken install lead to, hence the reason
-            raise FlashVLMError(
-                f"{error.name} is not installed or does not import ({error}); "
-                f"install it with: pip install --upgrade 'flashvlm[export]'"
-            ) from None
         starting(1)
         params = SelectionParams(
             eta=eta,
@@ -118,6 +134,85 @@ def export(
         report = run_export(options, progress)
     if not quiet:
         _summary(report)
+
+
+@contextmanager
+def _installed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:  # also what a version too old or a broken install lead to, hence the reason
+        raise FlashVLMError(
+            f"{error.name} is not installed or does not import ({error}); "
+            f"install it with: pip install --upgrade 'flashvlm[export]'"
+        ) from None
+
+
+def _plan(
+    model: str,
+    budgets: tuple[int, ...],
+    dtype: Any,
+    dialect: Any,
+    revision: str | None,
+    sizes: tuple[int | None, int, int, int],
+    json: bool,
+) -> None:
+    max_seq, max_batch, prompt_tokens, new_tokens = sizes
+    for name, size in zip(("max-batch", "prompt-tokens", "new-tokens"), sizes[1:], strict=True):
+        if size is not None and size < 1:
+            raise FlashVLMError(f"--{name} {size}: expected at least 1")
+    with cli_support.waiting("planning"), _installed():
+        from flashvlm_export.plan import PlanOptions
+        from flashvlm_export.plan import plan as run_plan
+
+        found = run_plan(
+            PlanOptions(model, budgets, dtype, max_seq, max_batch, dialect, prompt_tokens, new_tokens, revision)
+        )
+    if json:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        _print_plan(found)
+
+
+def _print_plan(found: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    size = cli_support.megabytes
+    console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console = Console(soft_wrap=True, highlight=False, width=PLAN_WIDTH)
+
+    def table(*columns: str) -> Table:
+        made = Table(box=None, pad_edge=False)
+        for column in columns:
+            made.add_column(column, justify="left" if column == columns[0] else "right")
+        return made
+
+    console.print(f"{found.model}, {found.dtype}, {found.dialect} dialect, batch {found.max_batch}")
+    parts = table("part", "parameters", "weights", "file", "engine")
+    for name, part in found.parts.items():
+        files = (size(n) if n else "" for n in (part.file_bytes, part.engine_bytes))
+        parts.add_row(name, f"{part.parameters / 1e6:,.2f} M", size(part.bytes), *files)
+    parts.add_row("in all", f"{found.parameters / 1e6:,.2f} M", "", size(found.bundle_bytes), size(found.engine_bytes))
+    console.print(parts)
+    kv = found.kv
+    console.print(
+        f"\nKV cache: {kv.bytes_per_token:,} bytes a token, {size(kv.bytes_at_max_positions)} at all "
+        f"{kv.max_positions} positions. {found.text_tokens} tokens of text, {found.new_tokens} of answer:"
+    )
+    rows = table("budget", "prompt", "prefill FLOPs", "of all", "KV used", "capacity", "KV", "activations", "device")
+    for b in found.budgets:
+        flops = f"{b.prefill_flops / 1e12:.2f} T" if b.prefill_flops >= 1e11 else f"{b.prefill_flops / 1e9:.2f} G"
+        sizes = (size(b.kv_capacity), "~" + size(b.engine_activations), "~" + size(b.device_total))
+        share = f"{b.prefill_share:.2f}"
+        rows.add_row(str(b.budget), str(b.prompt_tokens), flops, share, size(b.kv_used), str(b.capacity), *sizes)
+    console.print(rows)
+    console.print(
+        f"\ndevice: engines, the cache at its capacity, and activations for a prompt that fills it (an estimate).\n"
+        f"beside it: {size(found.host_bytes)} of embeddings mapped from disk; not counted: CUDA, TensorRT, the system."
+        f"\nbuilding the decoder's engine: ~{size(found.build_anonymous_bytes)} of memory, "
+        f"~{size(found.build_peak_bytes)} with its mapped weights (TensorRT-RTX 1.7, docs/measurements.md)."
+    )
 
 
 def parse_budgets(text: str) -> tuple[int, ...]:

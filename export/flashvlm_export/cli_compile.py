@@ -48,6 +48,9 @@ def compile(
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="Engines that later versions load too.")
     ] = False,
+    plugins: Annotated[
+        Path | None, typer.Option(help="Plugin library for the selection, such as build/libflashvlm_plugins.so.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what still matches.")] = False,
 ) -> None:
     """Build TensorRT engines for every graph of a bundle."""
@@ -66,6 +69,7 @@ def compile(
         weight_streaming=weight_streaming,
         strip_weights=strip_weights,
         version_compatible=version_compatible,
+        plugins=plugins,
         force=force,
     )
     with cli_support.bars() as progress:

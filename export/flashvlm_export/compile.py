@@ -7,8 +7,6 @@ Never imports torch.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import platform
 import resource
 import shutil
 import time
@@ -16,32 +14,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from flashvlm.bundle import Bundle, GraphSpec, TensorSpec, sha256
 from flashvlm.engines import (
     ENGINE_MANIFEST,
     ENGINES,
+    MODULES,
     BuildFlags,
     EngineManifest,
     EngineSpec,
+    PluginSpec,
     Target,
     built_from,
     folder_name,
+    import_target,
+    local_capability,
     read_manifest,
 )
 from flashvlm.errors import BundleError, FlashVLMError
+from flashvlm_export import plugin_nodes
 from flashvlm_export.output import check_space, whole_or_not
 
-MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # Shapes the compiler tunes for: one decode step's neighbourhood would starve prefill, the maximum starves both.
 TYPICAL = {"batch": 1, "sequence": 128, "query": 32, "prefix": 16, "suffix": 64}
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What ``flashvlm-compile`` takes; None leaves a choice to the compiler or the bundle."""
+    """What ``flashvlm-compile`` takes; None leaves a choice to the compiler or the bundle.
+
+    plugins: library of plugins/ for the nodes of the selection; without it they are standard operators.
+    """
 
     bundle: Path
     target: Target = "tensorrt"
@@ -55,6 +59,7 @@ class CompileOptions:
     weight_streaming: bool = False
     strip_weights: bool = False
     version_compatible: bool = False
+    plugins: Path | None = None
     force: bool = False
 
 
@@ -83,8 +88,9 @@ def compile_bundle(options: CompileOptions, start: Start = lambda *_: lambda _: 
     _check_types(bundle)
     trt = import_target(options.target)
     flags = _flags(options, bundle, trt)
+    plugins = () if options.plugins is None else (plugin_nodes.load(options.plugins, bundle, flags, trt),)
     folder = bundle.path / ENGINES / folder_name(options.target, trt.__version__, flags.compute_capabilities)
-    previous = _previous(folder, flags, trt.__version__)
+    previous = _previous(folder, flags, trt.__version__, plugins)
     engines: dict[str, EngineSpec] = {}
     reused = []
     with _engines_folder(folder.parent), whole_or_not(folder, replace=True) as out:
@@ -98,7 +104,8 @@ def compile_bundle(options: CompileOptions, start: Start = lambda *_: lambda _: 
                 reused.append(name)
                 continue
             began = time.perf_counter()
-            size, digest = _build(trt, bundle, name, graph, flags, options.timing_cache, out / engine, start)
+            cache, to_plugins = options.timing_cache, bool(plugins)
+            size, digest = _build(trt, bundle, name, graph, flags, cache, out / engine, start, to_plugins)
             files = bundle.manifest.files
             engines[name] = EngineSpec(
                 file=engine,
@@ -109,7 +116,9 @@ def compile_bundle(options: CompileOptions, start: Start = lambda *_: lambda _: 
                 build_seconds=round(time.perf_counter() - began, 2),
                 peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             )
-        manifest = EngineManifest(target=options.target, version=trt.__version__, flags=flags, engines=engines)
+        manifest = EngineManifest(
+            target=options.target, version=trt.__version__, flags=flags, engines=engines, plugins=plugins
+        )
         (out / ENGINE_MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     return CompileReport(folder, manifest, tuple(reused), time.perf_counter() - started)
 
@@ -139,18 +148,6 @@ def _check_types(bundle: Bundle) -> None:
         )
 
 
-def import_target(target: Target) -> ModuleType:
-    """The compiler's module, or a refusal with the install line for this platform."""
-    try:
-        return importlib.import_module(MODULES[target])
-    except ImportError as error:
-        if target == "tensorrt" and platform.machine() == "aarch64":
-            line = "sudo apt install python3-libnvinfer (JetPack), and use python3 -m venv --system-site-packages"
-        else:
-            line = f"pip install 'flashvlm[{target}]'"
-        raise FlashVLMError(f"{MODULES[target]} cannot be imported ({error}); install it with: {line}") from None
-
-
 # --- one engine ----------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +160,7 @@ def _build(
     cache: Path | None,
     out: Path,
     start: Start,
+    to_plugins: bool = False,
 ) -> tuple[int, str]:
     messages: list[str] = []
     logger = _logger(trt, messages)
@@ -170,7 +168,7 @@ def _build(
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     path = bundle.file(graph.file)
-    if not parser.parse(_pinned(path, flags.max_seq), str(path)):
+    if not parser.parse(_pinned(path, flags.max_seq, to_plugins), str(path)):
         raise FlashVLMError(f"{trt.__name__} {trt.__version__} cannot take {graph.file}: {_parser_errors(parser)}")
     config = builder.create_builder_config()
     _configure(trt, config, flags)
@@ -182,7 +180,7 @@ def _build(
     with _timing_cache(config, cache):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        hint = "stripping weights needs a GPU: " if flags.strip_weights and _local_capability() is None else ""
+        hint = "stripping weights needs a GPU: " if flags.strip_weights and local_capability() is None else ""
         reason = "; ".join(messages[-2:])
         raise FlashVLMError(f"{trt.__name__} {trt.__version__} failed to build {graph.file}: {hint}{reason}")
     with out.open("wb") as file:
@@ -190,8 +188,11 @@ def _build(
     return out.stat().st_size, sha256(out)
 
 
-def _pinned(path: Path, max_seq: int) -> bytes:
-    """The graph with its KV capacity fixed: TensorRT takes no symbol there, and engines have one capacity."""
+def _pinned(path: Path, max_seq: int, to_plugins: bool = False) -> bytes:
+    """The graph with its KV capacity fixed: TensorRT takes no symbol there, and engines have one capacity.
+
+    ``to_plugins``: also with the selection's function calls as plugin nodes.
+    """
     try:
         import onnx
     except ImportError:
@@ -202,6 +203,8 @@ def _pinned(path: Path, max_seq: int) -> bytes:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param == "capacity":
                 dimension.dim_value = max_seq  # a oneof: this clears the symbol
+    if to_plugins:
+        plugin_nodes.for_plugins(model)
     return model.SerializeToString()
 
 
@@ -243,6 +246,9 @@ def _configure(trt: Any, config: Any, flags: BuildFlags) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, flags.workspace)
     if flags.optimization_level is not None:
         config.builder_optimization_level = flags.optimization_level
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # TensorRT-RTX: without it a decode step may allocate, and then no CUDA graph can be captured.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     for wanted, flag in (
         (flags.weight_streaming, "WEIGHT_STREAMING"),
         (flags.strip_weights, "STRIP_PLAN"),
@@ -372,7 +378,7 @@ def _capabilities(options: CompileOptions, trt: Any) -> tuple[str, ...]:
                 "--compute-capability is needed to build for another machine's GPU, such as 8.9 or 12.0"
             )
         return tuple(sorted(set(asked), key=float))
-    found = _local_capability()
+    found = local_capability()
     if found is None:
         raise FlashVLMError(
             "no NVIDIA GPU found; TensorRT builds on the GPU it is for (--target tensorrt-rtx needs none)"
@@ -388,29 +394,13 @@ def _sm(capability: str) -> str:
     return "SM" + capability.replace(".", "")
 
 
-def _local_capability() -> str | None:
-    """Compute capability of GPU 0, as ``8.7``; None without a driver or a GPU."""
-    import ctypes
-
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-        major, minor, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-        if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), 0) == 0:
-            # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-            cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
-            cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-            return f"{major.value}.{minor.value}"
-    except OSError:
-        pass
-    return None
-
-
-def _previous(folder: Path, flags: BuildFlags, version: str) -> dict[str, EngineSpec]:
+def _previous(folder: Path, flags: BuildFlags, version: str, plugins: tuple[PluginSpec, ...]) -> dict[str, EngineSpec]:
     try:
         manifest = read_manifest(folder)
     except BundleError:
         return {}
-    return manifest.engines if (manifest.flags, manifest.version) == (flags, version) else {}
+    same = (manifest.flags, manifest.version, manifest.plugins) == (flags, version, plugins)
+    return manifest.engines if same else {}
 
 
 def _intact(folder: Path, spec: EngineSpec) -> bool:

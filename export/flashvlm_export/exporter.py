@@ -108,7 +108,7 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
     check_apart(options.out, checkpoint.folder)
     family = family_of(checkpoint.config)
     dtype = _dtype(checkpoint) if options.dtype == "auto" else options.dtype
-    with _describes_a_model(checkpoint.folder / "config.json"):
+    with describes_a_model(checkpoint.folder / "config.json"):
         config = family.read_config(checkpoint.config)
         config._attn_implementation = dialect.attention
         with torch.device("meta"):
@@ -118,7 +118,7 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
             config, Path(options.model).name, dtype, _max_seq(options, config), _eos(checkpoint, processor)
         )
     _check_budgets(options, spec)
-    with _describes_a_model(checkpoint.folder / "preprocessor_config.json"):
+    with describes_a_model(checkpoint.folder / "preprocessor_config.json"):
         preprocess = family.image_preprocess(processor, config)
     processor_files, text_tokens = _read_by_the_runtime(processor, checkpoint.folder, spec)
     _check_capacity(options, spec, text_tokens)
@@ -193,7 +193,7 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
 
 
 @contextmanager
-def _describes_a_model(path: Path) -> Iterator[None]:
+def describes_a_model(path: Path) -> Iterator[None]:
     """transformers, torch and pydantic raise whatever a wrong value leads to."""
     try:
         with warnings.catch_warnings():

@@ -24,8 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashvlm.errors import FlashVLMError
 from flashvlm_export.dialects import Dialect
-from flashvlm_export.graphs import DOMAIN, SCORE_OP, TORCH_DTYPES, Graph
-from flashvlm_export.selection import text_guided_score
+from flashvlm_export.graphs import TORCH_DTYPES, Graph
+from flashvlm_export.plugin_nodes import DOMAIN, LLOYD_OP, SCORE_OP
+from flashvlm_export.selection import SelectionInputs, SelectionParams, flashvlm, text_guided_score
 
 # Prime, distinct and above one, so that no two symbolic dimensions and no constant are taken for each other.
 EXAMPLE_SIZES = {"batch": 2, "sequence": 5, "query": 7, "prefix": 3, "suffix": 11, "capacity": 37}
@@ -97,9 +98,10 @@ def trace(graph: Graph, mode: FakeTensorMode, dialect: Dialect) -> TracedGraph:
         weights = _weights(model.graph, dict(graph.module.named_parameters()))
         _fold(model)
         weights = _absorb_transposes(model.graph, weights)
-    if any(node.op_type == SCORE_OP for node in model.graph):
-        function = ir.from_proto(_score_proto(dialect.opset))  # a copy of its own, as a function belongs to one model
-        model.functions[function.identifier()] = function
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            function = ir.from_proto(_body(node, dialect.opset))  # a copy of its own: a function belongs to one model
+            model.functions[function.identifier()] = function
     _name_nodes(model.graph, graph.name)
     _check_operators(model, dialect)
     model.producer_name, model.producer_version = "flashvlm", None
@@ -263,9 +265,31 @@ def _scope(node: ir.Node) -> list[str]:
     return parts
 
 
+# --- bodies of the selection's two nodes ---------------------------------------------------------------------------
+
+
+def _body(node: ir.Node, opset: int) -> Any:
+    """The local function that a node calls, as a FunctionProto."""
+    if node.op_type == SCORE_OP:
+        return _score_proto(opset)
+    features = node.inputs[0]
+    assert features is not None
+    assert features.shape is not None
+    assert features.dtype is not None
+    _, tokens, width = features.shape
+    dtype = ir.tensor_adapters.to_torch_dtype(features.dtype)
+    numbers = [node.attributes[name].as_int() for name in ("budget", "top_count", "iterations")]
+    return _lloyd_proto(opset, int(tokens), int(width), dtype, *numbers)  # type: ignore[arg-type]
+
+
 @functools.cache
 def _score_proto(opset: int) -> Any:
     return ir.to_proto(score_function(opset))
+
+
+@functools.cache
+def _lloyd_proto(opset: int, *call: Any) -> Any:
+    return ir.to_proto(lloyd_function(opset, *call))
 
 
 def score_function(opset: int) -> ir.Function:
@@ -289,16 +313,7 @@ def score_function(opset: int) -> ir.Function:
     shapes = ({0: b, 1: n, 2: d}, {0: b, 1: length, 2: d}, {0: b, 1: length}, {0: b, 1: n}, {0: b, 1: n})
     attributes = ("eta", "temperature", "pool_temperature", "eps")
     scalars = [torch.tensor(0.5) for _ in attributes]
-    with torch.no_grad(), _quiet():
-        program = torch.export.export(
-            Score(),
-            (*tensors.values(), *scalars),
-            dynamic_shapes=((*shapes, *({} for _ in scalars)),),
-            strict=False,
-        )
-        model = _to_ir(program, opset)
-    _fold(model)
-    graph = model.graph
+    graph = _traced(Score(), (*tensors.values(), *scalars), (*shapes, *({} for _ in scalars)), opset)
     for value, name in zip(graph.inputs, [*tensors, *attributes], strict=True):
         value.name = name
     for value in list(graph.inputs)[len(tensors) :]:
@@ -308,15 +323,61 @@ def score_function(opset: int) -> ir.Function:
         graph.insert_before(first, constant)
         ir.convenience.replace_all_uses_with(value, constant.outputs[0])
         graph.inputs.remove(value)
-    for name, value in list(graph.initializers.items()):  # functions hold constants as nodes
+    graph.outputs[0].name = "scores"
+    return _function(SCORE_OP, graph, dict.fromkeys(attributes, ir.AttributeType.FLOAT))
+
+
+def lloyd_function(
+    opset: int, tokens: int, width: int, dtype: torch.dtype, budget: int, top_count: int, iterations: int
+) -> ir.Function:
+    """The body of MaskedLloyd: ``selection.flashvlm`` with scores that are given.
+
+    It is of one budget and size, as TopK and the unrolled iterations have them built in; the attributes that say
+    so are for a plugin, and the body reads none.
+    """
+    params = SelectionParams(top_ratio=top_count / budget, iterations=iterations)
+
+    class Lloyd(nn.Module):
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+            features, scores, valid = inputs
+            column = scores[:, :, None]  # in place of the tokens and the question, which nothing reads
+            given = SelectionInputs(column, features, scores, column, valid, valid)
+            chosen = flashvlm(given, budget, params, lambda *_: scores)
+            return chosen.kept.int(), chosen.is_top.int()
+
+    batch = torch.export.Dim("batch", min=1, max=1 << 20)
+    examples = {
+        "features": torch.zeros(2, tokens, width, dtype=dtype),
+        "scores": torch.zeros(2, tokens),
+        "valid": torch.ones(2, tokens, dtype=torch.bool),
+    }
+    graph = _traced(Lloyd(), tuple(examples.values()), ({0: batch},) * len(examples), opset)
+    for values, names in ((graph.inputs, examples), (graph.outputs, ("kept", "is_top"))):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+    return _function(LLOYD_OP, graph, dict.fromkeys(("budget", "top_count", "iterations"), ir.AttributeType.INT))
+
+
+def _traced(module: nn.Module, examples: tuple[Tensor, ...], shapes: tuple[Any, ...], opset: int) -> ir.Graph:
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, examples, dynamic_shapes=(shapes,), strict=False)
+        model = _to_ir(program, opset)
+    _fold(model)
+    return model.graph
+
+
+def _function(name: str, graph: ir.Graph, attributes: dict[str, ir.AttributeType]) -> ir.Function:
+    for key, value in list(graph.initializers.items()):  # functions hold constants as nodes
         constant = ir.node("Constant", [], {"value": value.const_value})
         graph.insert_before(next(iter(graph)), constant)
         ir.convenience.replace_all_uses_with(value, constant.outputs[0])
-        graph.initializers.pop(name)
-    graph.outputs[0].name = "scores"
-    _name_nodes(graph, SCORE_OP)
-    declared = [ir.Attr(name, ir.AttributeType.FLOAT, None) for name in attributes]
-    return ir.Function(DOMAIN, SCORE_OP, graph=graph, attributes=declared)
+        graph.initializers.pop(key)
+    _name_nodes(graph, name)
+    # TensorRT before 10.8 mistakes a value of a body for one outside of that name.
+    for number, value in enumerate([*graph.inputs, *(output for node in graph for output in node.outputs)]):
+        value.name = f"{name}/{value.name or number}"
+    declared = [ir.Attr(key, kind, None) for key, kind in attributes.items()]
+    return ir.Function(DOMAIN, name, graph=graph, attributes=declared)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,11 +35,18 @@ def run(
     show: Annotated[Path | None, typer.Option(help="Write a picture of the kept patches, such as kept.png.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Add a table of tokens and milliseconds a stage.")] = False,
-    provider: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime, tensorrt or tensorrt-rtx; auto: engines that fit, else onnxruntime.")
+    ] = "auto",
+    device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
+    provider: Annotated[str, typer.Option(help="Of onnxruntime: auto, cpu, cuda, tensorrt or tensorrt-rtx.")] = "auto",
+    plugins: Annotated[Path | None, typer.Option(help="Plugin library, for engines that were built with one.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; every core if not given.")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check every file's SHA-256 first.")] = True,
 ) -> None:
     """Ask a bundle a question about an image."""
+    from flashvlm.pipeline import Pipeline
+
     images = image or []
     if len(images) > 1:
         raise PromptError(f"expected one --image, found {len(images)}; several images in one prompt are not supported")
@@ -54,7 +62,15 @@ def run(
         "top_p": top_p,
         "seed": seed,
     }
-    pipeline = _open(bundle, provider, threads, verify)
+    place: dict[str, Any] = {
+        "backend": backend,
+        "device": device,
+        "provider": provider,
+        "threads": threads,
+        "plugins": plugins,
+    }
+    with cli_support.waiting("loading"):
+        pipeline = Pipeline.from_bundle(bundle, verify=verify, **place)
     keep = _budget(budget)
     if prompt is None:
         _chat(pipeline, source, keep, options)
@@ -63,16 +79,9 @@ def run(
     if show is not None and source is not None:
         _save_picture(pipeline, source, prompt, answer, show)
     if json_output:
-        typer.echo(json.dumps(to_json(answer)))
+        typer.echo(json.dumps({**to_json(answer), "backend": asdict(pipeline.backend)}))
     if stats:
         _print_stats(pipeline, answer)
-
-
-def _open(bundle: Path, provider: str, threads: int | None, verify: bool) -> Pipeline:
-    from flashvlm.pipeline import Pipeline
-
-    with cli_support.waiting("loading"):
-        return Pipeline.from_bundle(bundle, provider=provider, threads=threads, verify=verify)
 
 
 def _budget(text: str | None) -> int | Literal["all"] | None:
@@ -199,7 +208,11 @@ def _print_stats(pipeline: Pipeline, answer: Answer) -> None:
     for step, milliseconds in enumerate(timings.decode, start=2):
         table.add_row("decode", f"new token {step}", f"{milliseconds:.2f}")
     table.add_row("total", f"{new} new", f"{timings.total:.2f}")
-    Console(stderr=True, soft_wrap=True).print(table)
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(table)
+    console.print(str(pipeline.backend), highlight=False, markup=False)
+    for reason in pipeline.backend.passed_over:
+        console.print(f"engines not used: {reason}", highlight=False, markup=False)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -30,7 +30,10 @@ LINE = 200  # columns of output that goes to a file or a pipe
 def profile(
     bundle: Annotated[Path, typer.Argument(help="Folder that flashvlm-export wrote.")],
     budgets: Annotated[str | None, typer.Option(help="Such as 32,64,all; every budget if not given.")] = None,
-    backend: Annotated[str, typer.Option(help="auto or onnxruntime; with --trtexec tensorrt, tensorrt-rtx.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime, tensorrt or tensorrt-rtx; auto: engines that fit, else onnxruntime.")
+    ] = "auto",
+    device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Text of the prompt, template included.")] = 40,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
     runs: Annotated[int, typer.Option(min=1, help="Answers measured at each budget.")] = 20,
@@ -42,7 +45,7 @@ def profile(
     print_commands: Annotated[bool, typer.Option("--print-commands", help="Only print the trtexec lines.")] = False,
     plugin: Annotated[list[Path] | None, typer.Option(help="Plugin library for trtexec --dynamicPlugins.")] = None,
     static_plugin: Annotated[list[Path] | None, typer.Option(help="The same for --staticPlugins.")] = None,
-    provider: Annotated[str, typer.Option(help="Of ONNX Runtime: auto, cpu or cuda.")] = "auto",
+    provider: Annotated[str, typer.Option(help="Of onnxruntime: auto, cpu, cuda, tensorrt or tensorrt-rtx.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; every core if not given.")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check every file's SHA-256 first.")] = True,
 ) -> None:
@@ -69,7 +72,8 @@ def profile(
         if trtexec:
             measured = _drive_trtexec(opened, options, target, plugins, folder, out)
         else:
-            measured = _measure(bundle, options, provider, threads)
+            place = {"backend": backend, "device": device, "provider": provider, "threads": threads}
+            measured = _measure(bundle, options, place)
         _report(measured, target_ms, None if out is None else folder)
     if out is not None:
         typer.echo(f"wrote {out}", err=True)
@@ -78,11 +82,6 @@ def profile(
 def _check(backend: str, target_ms: float | None, trtexec: bool) -> None:
     if backend not in BACKENDS:
         raise FlashVLMError(f"--backend {backend!r}: expected {', '.join(BACKENDS)}")
-    if backend.startswith("tensorrt") and not trtexec:
-        raise FlashVLMError(
-            f"--backend {backend}: only ONNX Runtime runs whole answers so far; "
-            f"measure the compiled engines with --trtexec --backend {backend}"
-        )
     if backend == "onnxruntime" and trtexec:
         raise FlashVLMError("--backend onnxruntime: --trtexec and --print-commands are for tensorrt and tensorrt-rtx")
     if target_ms is not None and not 0 < target_ms < float("inf"):
@@ -114,26 +113,15 @@ def _folder(out: Path | None) -> Iterator[Path]:
             yield partial
 
 
-def _measure(path: Path, options: ProfileOptions, provider: str, threads: int | None) -> Profile:
+def _measure(path: Path, options: ProfileOptions, place: dict[str, Any]) -> Profile:
     from flashvlm.pipeline import Pipeline
     from flashvlm.profile import measure
 
     with cli_support.waiting("loading"):
-        pipeline = Pipeline.from_bundle(path, provider=provider, threads=threads, verify=False)  # it just was
+        pipeline = Pipeline.from_bundle(path, verify=False, **place)  # it just was
     with cli_support.bars() as bars:
         advance = bars.start("profiling", (options.runs + options.warm_up) * len(options.budgets))
-        return measure(pipeline, _onnxruntime(provider), options, advance)
-
-
-def _onnxruntime(provider: str) -> str:
-    """Version and provider in words."""
-    import onnxruntime
-
-    from flashvlm.sessions.onnxruntime import PROVIDERS
-
-    if provider == "auto":
-        provider = "cuda" if PROVIDERS["cuda"] in onnxruntime.get_available_providers() else "cpu"
-    return f"ONNX Runtime {onnxruntime.__version__}, {provider}"
+        return measure(pipeline, str(pipeline.backend), options, advance)
 
 
 def _print_commands(

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import json
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flashvlm.bundle import Bundle
-from flashvlm.errors import BundleError
+from flashvlm.bundle import Bundle, select_graph
+from flashvlm.errors import BundleError, FlashVLMError
 
 ENGINES = "engines"
 ENGINE_MANIFEST = "engine.json"
 
 Target = Literal["tensorrt", "tensorrt-rtx"]
+TARGETS: tuple[Target, ...] = ("tensorrt", "tensorrt-rtx")
+MODULES: dict[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+TITLES: dict[Target, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
 class _Record(BaseModel):
@@ -50,11 +60,21 @@ class EngineSpec(_Record):
     peak_rss: int
 
 
+class PluginSpec(_Record):
+    """A plugin library that engines call. Its place is not recorded: no manifest names code for a runtime to load."""
+
+    file: str
+    sha256: str
+
+
 class EngineManifest(_Record):
+    """plugins: libraries to load into TensorRT's registry before any of the engines."""
+
     target: Target
     version: str
     flags: BuildFlags
     engines: dict[str, EngineSpec]
+    plugins: tuple[PluginSpec, ...] = ()
 
 
 def folder_name(target: Target, version: str, compute_capabilities: tuple[str, ...]) -> str:
@@ -75,3 +95,145 @@ def built_from(spec: EngineSpec, bundle: Bundle, graph: str) -> bool:
     files, source = bundle.manifest.files, bundle.graph(graph)
     same_data = spec.data_sha256 == tuple(files[name].sha256 for name in source.data)
     return same_data and spec.onnx_sha256 == files[source.file].sha256
+
+
+# --- engines for this machine --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A folder of engines of a bundle that this module and a GPU of this compute capability load."""
+
+    bundle: Bundle
+    folder: Path
+    manifest: EngineManifest
+    capability: str
+
+    def rebuild(self, **sizes: int) -> str:
+        """The command that makes them again, with other max_seq, max_batch or max_query if given."""
+        plugins = "".join(f" --plugins {shlex.quote(library.file)}" for library in self.manifest.plugins)
+        target, flags = self.manifest.target, self.manifest.flags
+        return build_command(self.bundle, target, self.capability, flags, **sizes) + plugins
+
+
+def has_engines(bundle: Bundle, target: Target) -> bool:
+    """Whether the bundle has engines for ``target`` at all, of any version and GPU."""
+    return any((bundle.path / ENGINES).glob(f"{target}-[0-9]*/{ENGINE_MANIFEST}"))
+
+
+def find_engines(bundle: Bundle, target: Target, version: str, capability: str) -> Engines:
+    """The engines for this version of TensorRT and a compute capability such as ``8.9``; the newest of several.
+
+    Another GPU of the same compute capability is for TensorRT to judge: it loads the engine, and may run slower.
+
+    Raises:
+        BundleError: there are none, or they were built by another version, for another GPU or from another export;
+            with the command that builds them again with the options they had.
+    """
+    refused: list[tuple[int, int, str, BuildFlags | None]] = []  # the most fitting last
+    usable = []
+    for path in sorted((bundle.path / ENGINES).glob(f"{target}-[0-9]*")):
+        try:
+            manifest = read_manifest(path)
+        except BundleError:
+            refused.append((0, 0, f"{path} holds no complete engines", None))
+            continue
+        written = (path / ENGINE_MANIFEST).stat().st_mtime_ns
+        rank, problem = _problem(bundle, path, manifest, target, version, capability)
+        if problem is None:
+            usable.append((written, path, manifest))
+        else:
+            refused.append((rank, written, f"{path} {problem}", manifest.flags))
+    if usable:
+        _, path, manifest = max(usable, key=lambda entry: entry[:2])
+        return Engines(bundle, path, manifest, capability)
+    *_, reason, flags = max(
+        refused, key=lambda entry: entry[:2], default=(0, 0, f"{bundle.path} has no engines for {TITLES[target]}", None)
+    )
+    raise BundleError(f"{reason}; build them with: {build_command(bundle, target, capability, flags)}")
+
+
+def _problem(
+    bundle: Bundle, folder: Path, manifest: EngineManifest, target: Target, version: str, capability: str
+) -> tuple[int, str | None]:
+    """Why these engines do not load here, after how many checks; None if they do."""
+    if manifest.target != target:
+        return 0, f"is for {TITLES[manifest.target]}"
+    later = (
+        target == "tensorrt" and manifest.flags.version_compatible and _numbers(manifest.version) < _numbers(version)
+    )
+    if manifest.version != version and not later:
+        return 1, f"was built by {TITLES[target]} {manifest.version}, and this is {version}"
+    if capability not in manifest.flags.compute_capabilities:
+        built = ", ".join(manifest.flags.compute_capabilities)
+        return 2, f"was built for compute capability {built}, and this GPU has {capability}"
+    for graph in ("vision", "decoder", *map(select_graph, bundle.manifest.selection.budgets)):
+        spec = manifest.engines.get(graph)
+        if spec is None or not built_from(spec, bundle, graph):
+            return 3, f"has no engine of this export's {graph}"
+        file = folder / spec.file
+        found = file.stat().st_size if file.is_file() else 0
+        if found != spec.size:
+            return 4, f"holds {spec.file} with {found} of its {spec.size} bytes"
+    return 5, None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def build_command(bundle: Bundle, target: Target, capability: str, flags: BuildFlags | None = None, **more: int) -> str:
+    """The command line that builds engines for a GPU, with the options ``flags`` records and those of ``more``."""
+    words = ["flashvlm-compile", str(bundle.path), "--target", target]
+    if target == "tensorrt-rtx":
+        words += ["--compute-capability", capability]
+    if flags is not None:
+        sizes = {"max_seq": flags.max_seq, "max_batch": flags.max_batch, "max_query": flags.max_query} | more
+        defaults = {"max_seq": bundle.manifest.model.max_seq, "max_batch": 1, "max_query": min(512, flags.max_seq)}
+        for name, size in sizes.items():
+            if size != defaults[name]:
+                words += [f"--{name.replace('_', '-')}", str(size)]
+        if flags.workspace is not None:
+            words += ["--workspace", f"{flags.workspace / 2**30:g}"]
+        if flags.optimization_level is not None:
+            words += ["--optimization-level", str(flags.optimization_level)]
+        switches = ("weight_streaming", "strip_weights", "version_compatible")
+        words += [f"--{name.replace('_', '-')}" for name in switches if getattr(flags, name)]
+    return shlex.join(words)
+
+
+# --- this machine --------------------------------------------------------------------------------------------------
+
+
+def import_target(target: Target) -> ModuleType:
+    """The module of a target, or a refusal with the install line for this platform."""
+    try:
+        return importlib.import_module(MODULES[target])
+    except ImportError as error:
+        line = f"pip install 'flashvlm[{target}]'"
+        if target == "tensorrt" and is_jetson():
+            line = (
+                "sudo apt install tensorrt python3-libnvinfer (JetPack), and use python3 -m venv --system-site-packages"
+            )
+        raise FlashVLMError(f"{MODULES[target]} cannot be imported ({error}); install it with: {line}") from None
+
+
+def is_jetson() -> bool:
+    """NVIDIA's Tegra systems get CUDA and TensorRT from JetPack, by apt."""
+    tegra = Path("/etc/nv_tegra_release").exists() or "tegra" in platform.release()
+    return platform.machine() == "aarch64" and tegra
+
+
+def local_capability(device: int = 0) -> str | None:
+    """Compute capability of a GPU, such as ``8.7``; None without a driver or that GPU."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    major, minor, handle = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGet(ctypes.byref(handle), device) != 0:
+        return None
+    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, handle)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, handle)
+    return f"{major.value}.{minor.value}"

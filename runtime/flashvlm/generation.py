@@ -12,7 +12,7 @@ import numpy as np
 
 from flashvlm.errors import PromptError
 from flashvlm.sampling import Sampler
-from flashvlm.sessions import Session
+from flashvlm.sessions import Array, Limits, Session
 
 CACHE_STEP = 64  # capacities come in few sizes, so that buffers and compiled shapes are reused
 
@@ -21,9 +21,9 @@ StopReason = Literal["stop token", "length"]
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt as the decoder reads it: embeds [T,D], position_ids int64 [T]."""
+    """One prompt as the decoder reads it: segments of embeddings, T in all, and position_ids int64 [T]."""
 
-    embeds: np.ndarray
+    segments: tuple[Array, ...]
     position_ids: np.ndarray
 
 
@@ -42,7 +42,7 @@ class Timings:
         return self.preprocess + self.vision + self.select + self.prefill + sum(self.decode)
 
 
-def check_capacity(rows: list[Row], max_new_tokens: int, max_seq: int) -> int:
+def check_capacity(rows: list[Row], max_new_tokens: int, limits: Limits) -> int:
     """How many tokens may be generated before the longest row fills the cache.
 
     Raises:
@@ -51,13 +51,13 @@ def check_capacity(rows: list[Row], max_new_tokens: int, max_seq: int) -> int:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise PromptError(f"max_new_tokens: expected an integer >= 1, found {max_new_tokens!r}")
     longest = max(len(row.position_ids) for row in rows)
-    if longest > max_seq:
+    if longest > limits.max_seq:
         raise PromptError(
-            f"the prompt is {longest} tokens long with its image; this bundle holds {max_seq}: "
-            f"shorten it, use a smaller budget, or export with a larger --max-seq"
+            f"the prompt is {longest} tokens long with its image; {limits.holder} {limits.max_seq}: "
+            f"shorten it, use a smaller budget, or {limits.larger(max_seq=longest)}"
         )
     # The last new token is never fed back, so it needs no slot.
-    return min(max_new_tokens, max_seq - longest + 1)
+    return min(max_new_tokens, limits.max_seq - longest + 1)
 
 
 def generate_tokens(
@@ -77,16 +77,14 @@ def generate_tokens(
     longest = int(lengths.max())
     capacity = -(-(longest + limit - 1) // CACHE_STEP) * CACHE_STEP
     cache = session.new_cache(len(rows), capacity)
-    embeds = np.zeros((len(rows), longest, embedding.shape[1]), dtype=embedding.dtype)  # [B,T,D], right-padded
-    positions = np.zeros((len(rows), longest), dtype=np.int64)
+    positions = np.zeros((len(rows), longest), dtype=np.int64)  # [B,T], right-padded
     for b, row in enumerate(rows):
-        embeds[b, : lengths[b]] = row.embeds
         positions[b, : lengths[b]] = row.position_ids
     next_position = np.array([row.position_ids[-1] + 1 for row in rows], dtype=np.int64)
     slot = np.zeros(len(rows), dtype=np.int64)
 
     started = time.perf_counter()
-    logits = session.decode(embeds, positions, slot, lengths, cache)
+    logits = session.decode(session.assemble([row.segments for row in rows]), positions, slot, lengths, cache)
     timings.prefill = _milliseconds(started)
     slot = lengths.copy()
     ended = np.zeros(len(rows), dtype=bool)

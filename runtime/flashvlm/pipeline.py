@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from flashvlm.generation import Row, StopReason, Timings, check_capacity, genera
 from flashvlm.images import ImageSource, image_digest, load_image, preprocess
 from flashvlm.processor import EncodedPrompt, Message, TextProcessor
 from flashvlm.sampling import Sampler, SamplingParams
-from flashvlm.sessions import ImageFeatures, Selected, Session
+from flashvlm.sessions import Backend, ImageFeatures, Limits, Selected, Session, check_batch
 
 Budget = int | Literal["all"] | None
 CACHED_IMAGES = 8
@@ -72,12 +73,15 @@ class _Prompt:
     """One row before prefill."""
 
     row: Row
-    selection: Selected | None  # with a batch of one
+    selection: Selected | None
     image_tokens: int
 
 
 class Pipeline:
-    """A loaded bundle. Safe to use from one thread at a time; image features are cached by content."""
+    """A loaded bundle. Safe to use from one thread at a time; image features are cached by content.
+
+    ``backend`` says what runs it. ``close``, or leaving a ``with``, frees its memory before the process ends.
+    """
 
     def __init__(self, bundle: Bundle, session: Session) -> None:
         self.bundle = bundle
@@ -92,24 +96,54 @@ class Pipeline:
         cls,
         path: str | os.PathLike[str],
         *,
+        backend: str = "auto",
+        device: int = 0,
         provider: str = "auto",
         threads: int | None = None,
         verify: bool = True,
+        plugins: str | os.PathLike[str] | None = None,
     ) -> Pipeline:
-        """Opens a bundle on ONNX Runtime.
+        """Opens a bundle.
 
         Args:
-            provider: ``auto``, ``cpu`` or ``cuda``.
-            threads: threads within an operator; None for every core.
+            backend: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``; ``auto`` takes engines the bundle has for this
+                machine's TensorRT and GPU, else ONNX Runtime.
+            device: number of the GPU.
+            provider: of ONNX Runtime: ``auto``, ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
+            threads: of ONNX Runtime, within an operator; None for every core.
             verify: check the SHA-256 of every file first; turn off to start large bundles sooner.
+            plugins: the library that engines were built with, if with ``flashvlm-compile --plugins``.
 
         Raises:
-            FlashVLMError: the bundle is damaged, or what it needs is not installed.
+            FlashVLMError: the bundle is damaged, engines asked for are not for this machine, or what it needs is not
+                installed.
         """
-        from flashvlm.sessions.onnxruntime import OnnxRuntimeSession
+        from flashvlm.sessions.backends import open_session
 
         bundle = Bundle(path, verify=verify)
-        return cls(bundle, OnnxRuntimeSession(bundle, provider, threads))
+        library = None if plugins is None else Path(plugins)
+        return cls(bundle, open_session(bundle, backend, device, provider, threads, verify, library))
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the graphs: name, version and device."""
+        return self._session.backend
+
+    @property
+    def limits(self) -> Limits:
+        """The longest sequence and largest batch the backend takes."""
+        return self._session.limits
+
+    def close(self) -> None:
+        """Frees what the backend holds. The pipeline is not used afterwards."""
+        self._features.clear()
+        self._session.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self,
@@ -149,7 +183,7 @@ class Pipeline:
         timings = Timings()
         rows = self._prompts(images, turns, budget, timings)
         tokens: list[list[int]] = [[] for _ in rows]
-        limit = check_capacity([r.row for r in rows], max_new_tokens, self.bundle.manifest.model.max_seq)
+        limit = check_capacity([r.row for r in rows], max_new_tokens, self._session.limits)
         for step in self._steps(rows, sampling, limit, timings):
             for row_tokens, token in zip(tokens, step, strict=True):
                 if token is not None:
@@ -189,7 +223,7 @@ class Pipeline:
     ) -> Stream:
         timings = Timings()
         rows = self._prompts([image], [messages], budget, timings)
-        limit = check_capacity([rows[0].row], max_new_tokens, self.bundle.manifest.model.max_seq)
+        limit = check_capacity([rows[0].row], max_new_tokens, self._session.limits)
 
         def pieces() -> Iterator[str]:
             tokens: list[int] = []
@@ -218,9 +252,9 @@ class Pipeline:
         return Answer(
             text=self._text.decode(tokens).strip(),
             token_ids=tuple(tokens),
-            kept=None if selection is None else selection.kept[0],
-            is_top=None if selection is None else selection.is_top[0],
-            scores=None if selection is None else selection.scores[0],
+            kept=None if selection is None else selection.kept,
+            is_top=None if selection is None else selection.is_top,
+            scores=None if selection is None else selection.scores,
             prompt_tokens=len(prompt.row.position_ids),
             image_tokens=prompt.image_tokens,
             stop_reason="length" if len(tokens) == limit else "stop token",
@@ -238,6 +272,7 @@ class Pipeline:
     ) -> list[_Prompt]:
         model = self.bundle.manifest.model
         keep = self._budget(budget)
+        check_batch(len(turns), self._session.limits)
         encoded = [self._text.encode(messages, model.image_token_id) for messages in turns]
         for prompt, image in zip(encoded, images, strict=True):
             if len(prompt.image_positions) != (image is not None):
@@ -285,12 +320,11 @@ class Pipeline:
 
     def _select(self, budget: int | None, image: ImageFeatures, prompt: EncodedPrompt) -> Selected:
         if budget is None:
-            n = len(image.saliency)
-            every = np.arange(n)[None]
-            return Selected(image.image_tokens[None], every, np.ones((1, n), bool), np.zeros((1, n), np.float32))
+            n = self.bundle.manifest.model.num_image_tokens
+            return Selected(image.image_tokens, np.arange(n), np.ones(n, bool), np.zeros(n, np.float32))
         mask = prompt.question_mask if self.bundle.manifest.selection.query == "question" else prompt.text_mask
         query = self._embedding[prompt.input_ids[mask]][None]  # [1,L,D]
-        selected = self._session.select(budget, [image], query, np.ones(query.shape[:2], dtype=np.bool_))
+        (selected,) = self._session.select(budget, [image], query, np.ones(query.shape[:2], dtype=np.bool_))
         if not np.isfinite(selected.scores).all():
             raise FlashVLMError(
                 "the selection scores are not finite: the image features overflowed; export with --dtype float32"
@@ -300,16 +334,16 @@ class Pipeline:
     def _row(self, prompt: EncodedPrompt, selection: Selected | None) -> _Prompt:
         text = self._embedding[prompt.input_ids]  # [T,D]
         if selection is None:
-            return _Prompt(Row(text, np.arange(len(text))), None, 0)
+            return _Prompt(Row((text,), np.arange(len(text))), None, 0)
         (at,) = prompt.image_positions
-        visual, kept = selection.visual_embeds[0], selection.kept[0]
-        embeds = np.concatenate([text[:at], visual, text[at + 1 :]])
+        kept = selection.kept
+        segments = (text[:at], selection.visual_embeds, text[at + 1 :])
         if self.bundle.manifest.selection.positions == "keep":
             after = at + self.bundle.manifest.model.num_image_tokens
             positions = np.concatenate([np.arange(at), at + kept, after + np.arange(len(text) - at - 1)])
         else:
-            positions = np.arange(len(embeds))
-        return _Prompt(Row(embeds, positions), selection, len(kept))
+            positions = np.arange(len(text) - 1 + len(kept))
+        return _Prompt(Row(segments, positions), selection, len(kept))
 
 
 class Conversation:

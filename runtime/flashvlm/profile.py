@@ -25,6 +25,7 @@ from flashvlm.errors import PromptError, SelectionError
 from flashvlm.generation import CACHE_STEP, Timings
 from flashvlm.pipeline import Pipeline
 from flashvlm.processor import EncodedPrompt, TextProcessor
+from flashvlm.sessions import Limits
 
 Budget = int | Literal["all"]
 STAGES = ("preprocess", "vision", "select", "prefill", "decode")  # decode: of one token
@@ -149,7 +150,7 @@ def measure(pipeline: Pipeline, backend: str, options: ProfileOptions, advance: 
         FlashVLMError: a budget is not in the bundle, or prompt and answer do not fit it.
     """
     bundle = pipeline.bundle
-    check_options(bundle.manifest, options)
+    check_options(bundle.manifest, options, pipeline.limits)
     prompt, encoded = synthetic_prompt(bundle, options.prompt_tokens)
     text_tokens = len(encoded.input_ids) - len(encoded.image_positions)
     samples: dict[Budget, list[Timings]] = {budget: [] for budget in options.budgets}
@@ -166,7 +167,8 @@ def measure(pipeline: Pipeline, backend: str, options: ProfileOptions, advance: 
     profiles = []
     for budget in options.budgets:
         tokens = text_tokens, image_tokens(bundle.manifest, budget)
-        kv = kv_bytes(bundle, allocated_rows(sum(tokens), options.new_tokens))
+        rows = pipeline.limits.capacity or allocated_rows(sum(tokens), options.new_tokens)
+        kv = kv_bytes(bundle, rows)
         profiles.append(summarise(budget, tokens, kv, samples[budget], samples.get("all")))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     return describe(bundle, backend, options, tuple(profiles), interleaved=True, peak_resident=peak)
@@ -294,8 +296,9 @@ def synthetic_photo(seed: int) -> Image.Image:
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def check_options(manifest: Manifest, options: ProfileOptions) -> None:
-    """Refuses budgets the bundle lacks, and prompts and answers beyond its capacity."""
+def check_options(manifest: Manifest, options: ProfileOptions, limits: Limits | None = None) -> None:
+    """Refuses budgets the bundle lacks, and prompts and answers beyond its capacity, or that of an opened pipeline."""
+    limits = limits or Limits(manifest.model.max_seq)
     have = (*manifest.selection.budgets, "all")
     for budget in options.budgets:
         if budget not in have:
@@ -304,10 +307,10 @@ def check_options(manifest: Manifest, options: ProfileOptions) -> None:
             )
     largest = max(image_tokens(manifest, budget) for budget in options.budgets)
     needed = options.prompt_tokens + largest + options.new_tokens - 1
-    if needed > manifest.model.max_seq:
+    if needed > limits.max_seq:
         raise PromptError(
             f"{options.prompt_tokens} prompt, {largest} image and {options.new_tokens} new tokens need {needed} slots, "
-            f"this bundle holds {manifest.model.max_seq}: take smaller ones, or export with --max-seq {needed}"
+            f"{limits.holder} {limits.max_seq}: take smaller ones, or {limits.larger(max_seq=needed)}"
         )
 
 

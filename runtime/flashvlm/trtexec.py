@@ -191,12 +191,17 @@ def command(
     shapes = _shapes(graph, job.sizes)
     line = [executable or EXECUTABLES[target]]
     if engines is not None:
+        if engines.manifest.plugins and not (plugins or static_plugins):
+            name = engines.manifest.plugins[0].file
+            raise FlashVLMError(f"{engines.folder} calls {name}; name it with: flashvlm-profile --plugin .../{name}")
         line += [f"--loadEngine={engines.folder / engines.manifest.engines[job.graph].file}"]
     else:
         line += [f"--onnx={bundle.path / graph.file}", f"--minShapes={_shapes(graph, dict.fromkeys(job.sizes, 1))}"]
         line += [f"--optShapes={shapes}", f"--maxShapes={shapes}"]
         line += ["--stronglyTyped"] if target == "tensorrt" else []  # TensorRT-RTX knows no other mode
-        line += ["--enablePluginOverride"] if plugins or static_plugins else []
+        # The option came with TensorRT 10.15, as did what the modern dialect needs; older trtexec refuses it.
+        override = bool(plugins or static_plugins) and bundle.manifest.dialect == "modern"
+        line += ["--enablePluginOverride"] if override else []
     line += [f"--shapes={shapes}"]
     if job.values:
         line += ["--loadInputs=" + ",".join(f"{name}:{folder / job.values_file(name)}" for name in job.values)]

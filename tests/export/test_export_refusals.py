@@ -330,7 +330,15 @@ def test_a_disk_that_is_really_full(small_disk: Path, tiny_checkpoint: Path) -> 
     assert not os.listdir(small_disk)
 
 
-@pytest.mark.usefixtures("quick_tracing")
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts the tests in the background has them, and their children, ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("quick_tracing", "interruptible")
 @pytest.mark.parametrize(("owner", "name"), [(exporter, "trace"), (weights, "write"), (exporter.ir, "save")])
 def test_ctrl_c(owner: Any, name: str, tiny_checkpoint: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = getattr(owner, name)
@@ -348,6 +356,7 @@ def test_ctrl_c(owner: Any, name: str, tiny_checkpoint: Path, place: Path, monke
     assert not everything(place)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_starting(place: Path) -> None:
     """In a process of its own, where torch is not yet imported."""
     command = [sys.executable, "-m", "flashvlm_export.cli", "--model", "none", "--out", place / "out"]

@@ -250,8 +250,6 @@ REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
     (["--budgets", "5"], ("--budgets 5", "has 4, 7, all", "export with --budget 5")),
     (["--budgets", "4,most"], ("--budgets '4,most'", "whole numbers", "all")),
     (["--budgets", ""], ("--budgets ''",)),
-    (["--backend", "tensorrt"], ("--backend tensorrt", "only ONNX Runtime", "--trtexec")),
-    (["--backend", "tensorrt-rtx"], ("--backend tensorrt-rtx", "--trtexec")),
     (["--backend", "torch"], ("--backend 'torch'", "auto, onnxruntime")),
     (["--backend", "onnxruntime", "--trtexec"], ("--backend onnxruntime", "tensorrt")),
     (["--prompt-tokens", "2"], ("--prompt-tokens 2", "at least")),

@@ -48,7 +48,7 @@ FLAGS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--top-p", "2"], ("top_p", "0..1", "2.0")),
     (["--seed", "-1"], ("seed", ">= 0", "-1")),
     (["--threads", "0"], ("--threads", "greater than or equal to 1")),
-    (["--provider", "tpu"], ("unknown provider 'tpu'", "auto, cpu or cuda")),
+    (["--provider", "tpu"], ("unknown provider 'tpu'", "auto, cpu, cuda, tensorrt, tensorrt-rtx")),
     (["--show", "kept.bmp"], ("--show kept.bmp", ".png, .jpg or .webp")),
     (["--show", "kept"], ("--show kept", ".png, .jpg or .webp")),
     (["--show", "nowhere/kept.png"], ("the folder nowhere does not exist", "create it")),

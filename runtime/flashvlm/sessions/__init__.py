@@ -1,35 +1,93 @@
-"""Sessions run the graphs of a bundle on one backend. All of them offer what ``Session`` states."""
+"""Sessions run the graphs of a bundle on one backend. All of them offer what ``Session`` states.
+
+Between the stages of an answer, tensors stay where the session has them: ``Array`` is a numpy array on ONNX Runtime and
+device memory on TensorRT, and only the session that made one looks inside.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+from flashvlm.errors import FlashVLMError
+
+Array = Any
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
     """What the vision graph says of one image: image_tokens [N,D], features [N,Dv], saliency float32 [N]."""
 
-    image_tokens: np.ndarray
-    features: np.ndarray
-    saliency: np.ndarray
+    image_tokens: Array
+    features: Array
+    saliency: Array
 
 
 @dataclass(frozen=True)
 class Selected:
-    """What a select graph keeps of a batch of images: visual_embeds [B,K,D], kept int64 [B,K] ascending,
-    is_top bool [B,K] (kept for its score, not as a representative), scores float32 [B,N]."""
+    """What is kept of one image: visual_embeds [K,D] where the session has them; on the host kept int64 [K] ascending,
+    is_top bool [K] (kept for its score, not as a representative), scores float32 [N]."""
 
-    visual_embeds: np.ndarray
+    visual_embeds: Array
     kept: np.ndarray
     is_top: np.ndarray
     scores: np.ndarray
 
 
+@dataclass(frozen=True)
+class Backend:
+    """What runs the graphs.
+
+    name         onnxruntime, tensorrt or tensorrt-rtx
+    version      of that library
+    device       in words, such as "cpu" or "cuda:0 NVIDIA L4"
+    passed_over  why ``backend="auto"`` did not take engines the bundle has
+    """
+
+    name: str
+    version: str
+    device: str
+    passed_over: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        titles = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+        return f"{titles[self.name]} {self.version}, {self.device}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest sizes a session takes; None for any.
+
+    max_seq   KV slots of a row, prompt and answer together
+    capacity  slots a cache has whatever was asked for; None: as asked
+    holder    who sets them, for refusals: "this bundle holds"
+    larger    what raises them to ``max_seq=`` or ``max_batch=``
+    """
+
+    max_seq: int
+    max_batch: int | None = None
+    capacity: int | None = None
+    holder: str = "this bundle holds"
+    larger: Callable[..., str] = lambda **sizes: f"export with --max-seq {sizes['max_seq']}"
+
+
+def check_batch(size: int, limits: Limits) -> None:
+    """Refuses more rows than fit."""
+    if limits.max_batch is not None and size > limits.max_batch:
+        raise FlashVLMError(
+            f"{size} prompts at once: {limits.holder} {limits.max_batch}; ask fewer at a time, or "
+            f"{limits.larger(max_batch=size)}"
+        )
+
+
 class Session(Protocol):
-    """Runs vision, select and decoder. Arrays at this border are in the bundle's dtype unless stated."""
+    """Runs vision, select and decoder. Host arrays at this border are in the bundle's dtype unless stated."""
+
+    backend: Backend
+    limits: Limits
 
     def prepare(self, budget: int | None) -> None:
         """Loads what answers at this budget need (None: all tokens), so that stages measure only work."""
@@ -39,21 +97,28 @@ class Session(Protocol):
 
     def select(
         self, budget: int, images: list[ImageFeatures], query_embeds: np.ndarray, query_mask: np.ndarray
-    ) -> Selected:
+    ) -> list[Selected]:
         """One question an image: query_embeds [B,L,D], query_mask bool [B,L]."""
 
+    def assemble(self, rows: Sequence[Sequence[Array]]) -> Array:
+        """Rows of segments [T,D], from the host or of this session -> inputs_embeds [B,S,D], zeros on the right."""
+
     def new_cache(self, batch: int, capacity: int) -> Any:
-        """An empty KV cache for ``capacity`` tokens a row."""
+        """An empty KV cache for ``capacity`` tokens a row. Its memory is free again when the last reference goes."""
 
     def decode(
         self,
-        inputs_embeds: np.ndarray,
+        inputs_embeds: Array,
         position_ids: np.ndarray,
         cache_position: np.ndarray,
         num_tokens: np.ndarray,
         cache: Any,
     ) -> np.ndarray:
-        """One chunk: embeds [B,S,D], positions int64 [B,S], first slot and number of real tokens int64 [B].
+        """One chunk: embeds [B,S,D] assembled or from the host, positions int64 [B,S], first slot and number of real
+        tokens int64 [B].
 
         Writes the cache in place; returns float32 logits [B,V] of each row's last real token.
         """
+
+    def close(self) -> None:
+        """Frees what the session holds; it is not used afterwards."""

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from flashvlm.bundle import Bundle, GraphSpec, TensorSpec, select_graph
+from flashvlm.bundle import Bundle, GraphSpec, select_graph
 from flashvlm.errors import BundleError, FlashVLMError
-from flashvlm.sessions import ImageFeatures, Selected
+from flashvlm.sessions import Array, Backend, ImageFeatures, Limits, Selected
+from flashvlm.sessions.contract import NUMPY_DTYPES, check, is_past, present, shape_of
+from flashvlm.sessions.providers import PROVIDERS, choose, import_onnxruntime
 
-NUMPY_DTYPES: dict[str, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64,
-    "int32": np.int32,
-    "bool": np.bool_,
-}
 BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type, so it travels as uint16
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FATAL_ONLY = 4  # an error comes as an exception, and is told once
 
 
@@ -31,19 +23,22 @@ class OnnxRuntimeSession:
     """Graphs load when first used: answers at one budget never load the select graph of another.
 
     Args:
-        provider: ``auto`` (CUDA where this build of ONNX Runtime has it, else CPU), ``cpu`` or ``cuda``.
+        provider: ``auto`` (CUDA where this build of ONNX Runtime has it, else CPU) or one of ``PROVIDERS``.
         threads: threads within an operator; None lets ONNX Runtime take every core.
+        device: number of the GPU.
     """
 
-    def __init__(self, bundle: Bundle, provider: str = "auto", threads: int | None = None) -> None:
-        self._ort = _import()
+    def __init__(self, bundle: Bundle, provider: str = "auto", threads: int | None = None, device: int = 0) -> None:
+        self._ort = import_onnxruntime()
         self._bundle = bundle
-        self._provider = _choose(self._ort.get_available_providers(), provider)
+        self._provider = choose(self._ort, provider, device)
         self._threads = threads
-        self._device = "cuda" if self._provider == PROVIDERS["cuda"] else "cpu"
         self._graphs: dict[str, _Graph] = {}
         self._lock = threading.Lock()
-        if bundle.manifest.model.dtype == "bfloat16" and self._device == "cpu":
+        max_seq = bundle.manifest.model.max_seq
+        self.limits = Limits(max_seq, capacity=max_seq if self._provider.fixed_capacity else None)
+        self.backend = Backend("onnxruntime", self._ort.__version__, str(self._provider))
+        if bundle.manifest.model.dtype == "bfloat16" and self._provider.name == "cpu":
             raise FlashVLMError(
                 f"{bundle.path} is bfloat16, for which ONNX Runtime has no CPU kernels; "
                 f"export with --dtype float32, or run on a GPU with: pip install 'flashvlm[gpu]'"
@@ -59,7 +54,7 @@ class OnnxRuntimeSession:
 
     def select(
         self, budget: int, images: list[ImageFeatures], query_embeds: np.ndarray, query_mask: np.ndarray
-    ) -> Selected:
+    ) -> list[Selected]:
         saliency = np.stack([image.saliency for image in images])
         inputs = {
             "image_tokens": np.stack([image.image_tokens for image in images]),
@@ -69,23 +64,31 @@ class OnnxRuntimeSession:
             "query_embeds": query_embeds,
             "query_mask": query_mask,
         }
-        return Selected(**self._graph(select_graph(budget)).run(inputs))
+        out = self._graph(select_graph(budget)).run(inputs)
+        rows = zip(out["visual_embeds"], out["kept"], out["is_top"], out["scores"], strict=True)
+        return [Selected(*row) for row in rows]
+
+    def assemble(self, rows: Sequence[Sequence[Array]]) -> np.ndarray:
+        lengths = [sum(len(segment) for segment in row) for row in rows]
+        first = rows[0][0]
+        embeds = np.zeros((len(rows), max(lengths), first.shape[1]), dtype=first.dtype)
+        for b, row in enumerate(rows):
+            np.concatenate(row, out=embeds[b, : lengths[b]])
+        return embeds
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         """One device tensor each for the keys and values of every layer."""
         cache = {}
-        for spec in self._bundle.graph("decoder").inputs:
-            if spec.name.startswith("past_key_values."):
-                sizes = {"batch": batch, "capacity": capacity}
-                shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
-                zeros = np.zeros(shape, dtype=NUMPY_DTYPES[spec.dtype])
-                # The legacy dialect returns new rows, which the host places: its cache stays here.
-                cache[spec.name] = zeros if self._bundle.manifest.dialect == "legacy" else self._to_device(zeros)
+        sizes = {"batch": batch, "capacity": self.limits.capacity or capacity}
+        for spec in filter(is_past, self._bundle.graph("decoder").inputs):
+            zeros = np.zeros(shape_of(spec, sizes), dtype=NUMPY_DTYPES[spec.dtype])
+            # The legacy dialect returns new rows, which the host places: its cache stays here.
+            cache[spec.name] = zeros if self._bundle.manifest.dialect == "legacy" else self._to_device(zeros)
         return cache
 
     def decode(
         self,
-        inputs_embeds: np.ndarray,
+        inputs_embeds: Array,
         position_ids: np.ndarray,
         cache_position: np.ndarray,
         num_tokens: np.ndarray,
@@ -106,23 +109,27 @@ class OnnxRuntimeSession:
             if in_place:
                 # The same buffer as input and output: TensorScatter then writes only the new rows.
                 binding.bind_ortvalue_input(name, rows)
-                binding.bind_ortvalue_output(_present(name), rows)
+                binding.bind_ortvalue_output(present(name), rows)
             else:
                 binding.bind_ortvalue_input(name, self._to_device(rows))
-                binding.bind_output(_present(name), "cpu")
+                binding.bind_output(present(name), "cpu")
         binding.bind_output("logits", "cpu")
         graph.call(graph.session.run_with_iobinding, binding)
-        *present, logits = binding.get_outputs()
+        *news, logits = binding.get_outputs()
         if not in_place:
-            for rows, new in zip(cache.values(), present, strict=True):
+            for rows, new in zip(cache.values(), news, strict=True):
                 _place(rows, new.numpy(), cache_position)
         return logits.numpy()
 
+    def close(self) -> None:
+        self._graphs.clear()
+
     def _to_device(self, array: np.ndarray) -> Any:
+        where = self._provider.memory, self._provider.device
         if array.dtype == ml_dtypes.bfloat16:
             raw = array.view(np.uint16)
             return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, BFLOAT16)
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(array, *where)
 
     def _graph(self, name: str) -> _Graph:
         with self._lock:
@@ -136,15 +143,21 @@ class OnnxRuntimeSession:
         options.log_severity_level = FATAL_ONLY
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        if self.limits.capacity is not None:
+            options.add_free_dimension_override_by_name("capacity", self.limits.capacity)
         path = self._bundle.file(spec.file)
+        arguments = self._provider.arguments(options)
         try:
-            return self._ort.InferenceSession(path, options, providers=[self._provider])
+            session = self._ort.InferenceSession(path, options, **arguments)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             raise BundleError(f"ONNX Runtime cannot load {path}: {str(error).strip()}") from None
-
-
-def _present(past: str) -> str:
-    return past.replace("past_key_values.", "present.")
+        if PROVIDERS[self._provider.name] not in session.get_providers():
+            # ONNX Runtime goes on without a provider whose libraries do not load.
+            raise FlashVLMError(
+                f"ONNX Runtime's {self._provider.name} provider does not start on this machine: its libraries or the "
+                f"NVIDIA driver are missing or of another version; run on the CPU with --provider cpu"
+            )
+        return session
 
 
 def _place(rows: np.ndarray, new: np.ndarray, cache_position: np.ndarray) -> None:
@@ -182,42 +195,6 @@ class _Graph:
     def checked(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Inputs as contiguous arrays of the dtype and shape the contract states."""
         symbols: dict[str, int] = {}
-        return {name: _checked(array, self._inputs[name], symbols) for name, array in inputs.items()}
-
-
-def _checked(array: np.ndarray, spec: TensorSpec, symbols: dict[str, int]) -> np.ndarray:
-    def fits(dimension: int | str, size: int) -> bool:
-        return size == (symbols.setdefault(dimension, size) if isinstance(dimension, str) else dimension)
-
-    same_rank = len(array.shape) == len(spec.shape)
-    if array.dtype != NUMPY_DTYPES[spec.dtype] or not same_rank or not all(map(fits, spec.shape, array.shape)):
-        raise FlashVLMError(
-            f"{spec.name}: expected {spec.dtype} {list(spec.shape)}, found {array.dtype} {list(array.shape)}"
-        )
-    return np.ascontiguousarray(array)
-
-
-def _import() -> Any:
-    # ONNX Runtime 1.31 sends usage data and keeps a database in the home directory unless told not to beforehand.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:  # also a broken install, hence the reason
-        raise FlashVLMError(
-            f"ONNX Runtime is not installed or does not import ({error}); "
-            f"install it with: pip install 'flashvlm[cpu]' (NVIDIA GPU: 'flashvlm[gpu]')"
-        ) from None
-    return onnxruntime
-
-
-def _choose(available: list[str], provider: str) -> str:
-    if provider == "auto":
-        return PROVIDERS["cuda"] if PROVIDERS["cuda"] in available else PROVIDERS["cpu"]
-    if provider not in PROVIDERS:
-        raise FlashVLMError(f"unknown provider {provider!r}; expected auto, {' or '.join(PROVIDERS)}")
-    if PROVIDERS[provider] not in available:
-        raise FlashVLMError(
-            f"this ONNX Runtime has no {provider} provider; install it with: "
-            f"pip uninstall onnxruntime && pip install 'flashvlm[gpu]'"
-        )
-    return PROVIDERS[provider]
+        for name, array in inputs.items():
+            check(self._inputs[name], array.dtype, array.shape, symbols)
+        return {name: np.ascontiguousarray(array) for name, array in inputs.items()}

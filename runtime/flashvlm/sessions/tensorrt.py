@@ -1,0 +1,197 @@
+"""TensorRT and TensorRT-RTX: compiled engines on device memory, decoding captured in a CUDA graph.
+
+What crosses between host and device: pixels, embeddings of text and positions on the way in; kept, is_top, scores and
+logits on the way out. Image features, kept embeddings and the KV cache stay on the device. The session's logic is
+tested against a stand-in of both libraries that runs the graphs on the CPU; it has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flashvlm.bundle import Bundle, select_graph
+from flashvlm.engines import Target, find_engines, import_target
+from flashvlm.errors import FlashVLMError
+from flashvlm.sessions import Array, Backend, ImageFeatures, Limits, Selected, check_batch
+from flashvlm.sessions.contract import NUMPY_DTYPES, shape_of
+from flashvlm.sessions.cuda import Cuda, DeviceArray, stack
+from flashvlm.sessions.engine import Context, Engine, Scratch, load_plugins
+from flashvlm.sessions.kv_cache import KvCache, KvMemory, Step
+
+
+class TensorRTSession:
+    """Engines load when first used: answers at one budget never load the select engine of another.
+
+    Args:
+        target: which of the two libraries.
+        device: number of the GPU.
+        verify: check the SHA-256 of an engine before it is loaded.
+        plugins: the plugin library the engines were built with, if they were.
+
+    Raises:
+        FlashVLMError: the library, the driver, the GPU or engines that fit them are missing.
+    """
+
+    def __init__(
+        self, bundle: Bundle, target: Target, device: int = 0, verify: bool = True, plugins: Path | None = None
+    ) -> None:
+        self._trt = import_target(target)
+        self._cuda = Cuda(device)
+        self._bundle = bundle
+        self._verify = verify
+        self._engines = find_engines(bundle, target, self._trt.__version__, self._cuda.capability)
+        load_plugins(self._trt, self._engines, plugins)
+        flags = self._engines.manifest.flags
+        max_seq = min(flags.max_seq, bundle.manifest.model.max_seq)
+        self.limits = Limits(max_seq, flags.max_batch, flags.max_seq, "these engines hold", self._larger)
+        where = f"cuda:{device} {self._cuda.name}, compute capability {self._cuda.capability}"
+        self.backend = Backend(target, self._trt.__version__, where)
+        self._loaded: dict[str, Engine] = {}
+        self._contexts: dict[str, Context] = {}
+        self._scratch = Scratch(self._cuda)
+        self._spare: list[tuple[KvMemory, Step]] = []  # of answers that are over
+
+    def prepare(self, budget: int | None) -> None:
+        self._cuda.activate()
+        for name in ("vision", "decoder") if budget is None else ("vision", "decoder", select_graph(budget)):
+            self._context(name)
+
+    def vision(self, pixel_values: np.ndarray) -> list[ImageFeatures]:
+        self._cuda.activate()
+        out = self._run("vision", {"pixel_values": self._upload(pixel_values)}, {"batch": len(pixel_values)})
+        self._cuda.synchronize()  # nothing needs it, but the time of this stage is told apart from the next one's
+        names = ("image_tokens", "features", "saliency")
+        return [ImageFeatures(*(out[name].row(b) for name in names)) for b in range(len(pixel_values))]
+
+    def select(
+        self, budget: int, images: list[ImageFeatures], query_embeds: np.ndarray, query_mask: np.ndarray
+    ) -> list[Selected]:
+        self._cuda.activate()
+        saliency = stack(self._cuda, [image.saliency for image in images])
+        inputs = {
+            "image_tokens": stack(self._cuda, [image.image_tokens for image in images]),
+            "features": stack(self._cuda, [image.features for image in images]),
+            "saliency": saliency,
+            "valid": self._upload(np.ones(saliency.shape, dtype=np.bool_)),
+            "query_embeds": self._upload(query_embeds),
+            "query_mask": self._upload(query_mask),
+        }
+        out = self._run(select_graph(budget), inputs, {"batch": len(images)})
+        kept, is_top, scores = (self._cuda.download(out[name]) for name in ("kept", "is_top", "scores"))
+        self._cuda.synchronize()
+        embeds = out["visual_embeds"]
+        return [Selected(embeds.row(b), kept[b], is_top[b], scores[b]) for b in range(len(images))]
+
+    def assemble(self, rows: Sequence[Sequence[Array]]) -> DeviceArray:
+        self._cuda.activate()
+        lengths = [sum(len(segment) for segment in row) for row in rows]
+        first = rows[0][0]
+        longest, width = max(lengths), first.shape[1]
+        embeds = self._cuda.empty(first.dtype, len(rows), longest, width)
+        for b, row in enumerate(rows):
+            at = 0
+            for segment in filter(len, row):
+                place = embeds.row(b).rows(at, at + len(segment))
+                if isinstance(segment, DeviceArray):
+                    self._cuda.copy(segment, place)
+                else:
+                    self._cuda.upload(np.ascontiguousarray(segment), place)
+                at += len(segment)
+            # Padding is never attended to, but what is masked has to be finite all the same.
+            self._cuda.zero(embeds.row(b).rows(at, longest))
+        return embeds
+
+    def new_cache(self, batch: int, capacity: int) -> KvCache:
+        """Of the engines' own capacity, whatever is asked for: TensorRT takes no other."""
+        check_batch(batch, self.limits)
+        self._cuda.activate()
+        if self._spare and self._spare[-1][0].batch == batch:
+            memory, step = self._spare.pop()
+            memory.clear()
+        else:
+            self._spare.clear()  # of another batch: that memory is wanted now
+            memory = KvMemory(self._cuda, self._bundle, batch, self._engines.manifest.flags.max_seq)
+            # Scratch memory of its own: the graph replays its address.
+            context = self._engine("decoder").context(Scratch(self._cuda), fixed_shapes=True)
+            step = Step(self._cuda, self._bundle, context, memory)
+        cache = KvCache(memory, step)
+        weakref.finalize(cache, self._spare.append, (memory, step)).atexit = False
+        return cache
+
+    def decode(
+        self,
+        inputs_embeds: Array,
+        position_ids: np.ndarray,
+        cache_position: np.ndarray,
+        num_tokens: np.ndarray,
+        cache: KvCache,
+    ) -> np.ndarray:
+        self._cuda.activate()
+        memory = cache.memory
+        inputs = {"position_ids": position_ids, "cache_position": cache_position, "num_tokens": num_tokens}
+        length = inputs_embeds.shape[1]
+        end = int((cache_position + num_tokens).max())
+        if end > self.limits.max_seq:
+            more = self._larger(max_seq=end)
+            raise FlashVLMError(f"{end} tokens: these engines hold {self.limits.max_seq}; ask for fewer, or {more}")
+        memory.reserve(cache_position, length)
+        if length == 1 and isinstance(inputs_embeds, np.ndarray):
+            return cache.step.run({"inputs_embeds": inputs_embeds, **inputs}, cache_position)
+        embeds = inputs_embeds if isinstance(inputs_embeds, DeviceArray) else self._upload(inputs_embeds)
+        device = {name: self._upload(array) for name, array in inputs.items()}
+        sizes = {"batch": memory.batch, "sequence": length, "capacity": self.limits.max_seq}
+        present = memory.present(length)
+        out = self._run("decoder", {"inputs_embeds": embeds, **device, **memory.past}, sizes, present)
+        memory.place(present, cache_position)
+        logits = self._cuda.download(out["logits"])
+        self._cuda.synchronize()
+        return logits
+
+    def close(self) -> None:
+        self._spare.clear()
+        self._contexts.clear()
+        self._loaded.clear()
+        self._cuda.close()
+
+    def _run(
+        self,
+        name: str,
+        inputs: dict[str, DeviceArray],
+        sizes: dict[str, int],
+        given: dict[str, DeviceArray] | None = None,
+    ) -> dict[str, DeviceArray]:
+        """Runs a graph into new memory, but for the outputs that are ``given``."""
+        context = self._context(name)
+        outputs = {
+            spec.name: self._cuda.empty(NUMPY_DTYPES[spec.dtype], *shape_of(spec, sizes))
+            for spec in self._bundle.graph(name).outputs
+            if given is None or spec.name not in given
+        }
+        context.bind(inputs | outputs | (given or {}))
+        context.enqueue()
+        return outputs
+
+    def _upload(self, array: np.ndarray) -> DeviceArray:
+        return self._cuda.upload(np.ascontiguousarray(array))
+
+    def _engine(self, name: str) -> Engine:
+        if name not in self._loaded:
+            self._loaded[name] = Engine(self._trt, self._cuda, self._bundle, self._engines, name, self._verify)
+        return self._loaded[name]
+
+    def _context(self, name: str) -> Context:
+        if name not in self._contexts:
+            self._contexts[name] = self._engine(name).context(self._scratch)
+        return self._contexts[name]
+
+    def _larger(self, **sizes: int) -> str:
+        exported = self._bundle.manifest.model.max_seq
+        if sizes.get("max_seq", 0) > exported:
+            return f"export with --max-seq {sizes['max_seq']}"
+        flags = self._engines.manifest.flags
+        wanted = {name: max(size, getattr(flags, name)) for name, size in sizes.items()}
+        return f"build larger ones with: {self._engines.rebuild(**wanted)}"
