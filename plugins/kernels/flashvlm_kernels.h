@@ -2,8 +2,8 @@
 //
 // B batch, N visual tokens, D language-model width, Dv vision width, L text tokens, K budget. Tensors are dense,
 // row-major device memory; projected, query, features and the workspace are aligned to 16 bytes. Nothing is
-// allocated, nothing synchronises, every result is the same in every run and every item the same alone as in a batch;
-// the calls can be captured in a CUDA graph.
+// allocated, nothing synchronises, every result is the same in every run and every item the same alone as in a batch.
+// The calls can be captured in a CUDA graph, after one ordinary call: CUDA loads a kernel when it is first launched.
 #ifndef FLASHVLM_KERNELS_H_
 #define FLASHVLM_KERNELS_H_
 

@@ -20,10 +20,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the references are torch code")
 
-from plugin_kernels import ENTRY, PLUGINS, poisoned, unpoisoned  # noqa: E402
-from plugin_references import DEFAULTS, check_score, make, torch_score  # noqa: E402
+from plugin_references import check_score, torch_score  # noqa: E402
 
 from flashvlm_export.selection import SelectionInputs, select  # noqa: E402
+from gpu_checks.build import ENTRY, PLUGINS  # noqa: E402
+from gpu_checks.kernels import poisoned, unpoisoned  # noqa: E402
+from gpu_checks.references import DEFAULTS, make  # noqa: E402
 
 ROOTS = [root for root in os.environ.get("TENSORRT_ROOT", "").split(os.pathsep) if root]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH: nothing to compile kernels with")

@@ -1,20 +1,20 @@
 """The kernels of plugins/kernels through ctypes, on torch tensors: the host emulation, or the real ones on a GPU.
 
-Every call runs in a poisoned workspace and into poisoned outputs, with guards behind each.
+Every checked call runs in a poisoned workspace and into poisoned outputs, with guards behind each.
 """
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from flashvlm_export.selection import SelectionInputs, SelectionParams
 
-PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
-ENTRY = PLUGINS / "kernels" / "entry.cu"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GUARD = 64  # elements behind an output or a workspace that must survive
 
@@ -35,20 +35,17 @@ class LloydCall(ctypes.Structure):
     )
 
 
-def build_emulation(folder: Path, *flags: str) -> Kernels:
-    library = folder / "libflashvlm_kernels_host.so"
-    command = ["g++", "-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden"]
-    subprocess.run([*command, *flags, "-x", "c++", str(ENTRY), "-o", str(library)], check=True)
-    return Kernels(library)
+class KernelError(AssertionError):
+    """The kernels refused a good call, or wrote where they should not, or not where they should."""
 
 
-def build_for_gpu(folder: Path) -> Kernels:
-    """For the GPU of this machine."""
-    major, minor = torch.cuda.get_device_capability()
-    library = folder / "libflashvlm_kernels.so"
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-Xcompiler=-fPIC", "-shared"]
-    subprocess.run([*command, str(ENTRY), "-o", str(library)], check=True)
-    return Kernels(library, "cuda")
+class Prepared(NamedTuple):
+    """A call whose memory stands ready: ``launch`` queues it on torch's current stream, as often as wanted."""
+
+    launch: Callable[[], None]
+    outputs: list[Tensor]  # poisoned, with a guard behind; unpoisoned() reads them
+    workspace: Tensor
+    keep: list[Any]  # inputs that the call points to
 
 
 class Kernels:
@@ -72,8 +69,31 @@ class Kernels:
     def text(self, status: int) -> str:
         return self.c.flashvlm_status_text(status).decode()
 
-    def score(self, inputs: SelectionInputs, params: SelectionParams, mask_dtype: torch.dtype = torch.bool):
+    def score(self, inputs: SelectionInputs, params: SelectionParams, mask_dtype: torch.dtype = torch.bool) -> Tensor:
         """Scores [B, N] of the kernels."""
+        (scores,) = self._checked(self.prepare_score(inputs, params, mask_dtype))
+        return unpoisoned(scores, tuple(inputs.valid.shape))
+
+    def lloyd(
+        self,
+        features: Tensor,
+        scores: Tensor,
+        valid: Tensor,
+        budget: int,
+        top_count: int,
+        iterations: int = 4,
+        mask_dtype: torch.dtype = torch.bool,
+    ) -> tuple[Tensor, Tensor]:
+        """kept [B, K] and is_top [B, K] of the kernels."""
+        prepared = self.prepare_lloyd(features, scores, valid, budget, top_count, iterations, mask_dtype)
+        kept, is_top = (unpoisoned(raw, (features.shape[0], budget)) for raw in self._checked(prepared))
+        if not ((is_top == 0) | (is_top == 1)).all():
+            raise KernelError("is_top holds values other than 0 and 1")
+        return kept, is_top.bool()
+
+    def prepare_score(
+        self, inputs: SelectionInputs, params: SelectionParams, mask_dtype: torch.dtype = torch.bool
+    ) -> Prepared:
         inputs = SelectionInputs(*(tensor.to(self.device) for tensor in inputs))
         B, N, D = inputs.projected.shape
         L = inputs.query.shape[1]
@@ -86,11 +106,19 @@ class Kernels:
             projected=tensors[0].data_ptr(), query=tensors[1].data_ptr(), query_mask=masks[0].data_ptr(),
             saliency=tensors[2].data_ptr(), valid=masks[1].data_ptr(), scores=scores.data_ptr(),
         )  # fmt: skip
-        self.run(self.c.flashvlm_score, call, self.c.flashvlm_score_workspace(B, N, L, D))
-        return unpoisoned(scores, (B, N))
+        size = self.c.flashvlm_score_workspace(B, N, L, D)
+        return self._prepared(self.c.flashvlm_score, call, size, [scores], [*masks, *tensors])
 
-    def lloyd(self, features, scores, valid, budget, top_count, iterations=4, mask_dtype: torch.dtype = torch.bool):
-        """kept [B, K] and is_top [B, K] of the kernels."""
+    def prepare_lloyd(
+        self,
+        features: Tensor,
+        scores: Tensor,
+        valid: Tensor,
+        budget: int,
+        top_count: int,
+        iterations: int = 4,
+        mask_dtype: torch.dtype = torch.bool,
+    ) -> Prepared:
         features, scores, valid = (tensor.to(self.device) for tensor in (features, scores, valid))
         B, N, Dv = features.shape
         features, scores, valid = features.contiguous(), scores.float().contiguous(), valid.to(mask_dtype).contiguous()
@@ -100,32 +128,40 @@ class Kernels:
             budget=budget, top_count=top_count, iterations=iterations, features=features.data_ptr(),
             scores=scores.data_ptr(), valid=valid.data_ptr(), kept=kept.data_ptr(), is_top=is_top.data_ptr(),
         )  # fmt: skip
-        self.run(self.c.flashvlm_lloyd, call, self.c.flashvlm_lloyd_workspace(B, N, Dv, budget, top_count))
-        is_top = unpoisoned(is_top, (B, budget))
-        assert ((is_top == 0) | (is_top == 1)).all()
-        return unpoisoned(kept, (B, budget)), is_top.bool()
+        size = self.c.flashvlm_lloyd_workspace(B, N, Dv, budget, top_count)
+        return self._prepared(self.c.flashvlm_lloyd, call, size, [kept, is_top], [features, scores, valid])
 
-    def run(self, function, call, size: int) -> None:
-        assert size > 0, "the workspace function refused the sizes"
-        assert size % 4 == 0
+    def _prepared(self, function: Any, call: Any, size: int, outputs: list[Tensor], keep: list[Any]) -> Prepared:
+        if size <= 0 or size % 4 != 0:
+            raise KernelError(f"the workspace function gave {size} bytes for good sizes")
         workspace = poisoned(size // 4, torch.float32, self.device)
-        stream = None
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream().cuda_stream
-        status = function(ctypes.byref(call), workspace.data_ptr(), size, stream)
-        assert status == 0, self.text(status)
+
+        def launch() -> None:
+            stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else None
+            status = function(ctypes.byref(call), workspace.data_ptr(), size, stream)
+            if status != 0:
+                raise KernelError(self.text(status))
+
+        return Prepared(launch, outputs, workspace, [call, *keep])
+
+    def _checked(self, prepared: Prepared) -> list[Tensor]:
+        prepared.launch()
         if self.device.type == "cpu":
             self.launches = self.c.flashvlm_emulation_launches()
-        assert (workspace.view(torch.int32)[-GUARD:] == -1).all(), "wrote behind the workspace"
+        if not (prepared.workspace.view(torch.int32)[-GUARD:] == -1).all():
+            raise KernelError("wrote behind the workspace")
+        return prepared.outputs
 
 
-def poisoned(count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+def poisoned(count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """NaN as float, -1 as integer, and a guard of the same behind."""
     return torch.full((count + GUARD,), -1, dtype=torch.int32, device=device).view(dtype)
 
 
-def unpoisoned(tensor: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def unpoisoned(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     bits = tensor.view(torch.int32)
-    assert (bits[-GUARD:] == -1).all(), "wrote behind an output"
-    assert (bits[:-GUARD] != -1).all(), "left a part of an output unwritten"
+    if not (bits[-GUARD:] == -1).all():
+        raise KernelError("wrote behind an output")
+    if (bits[:-GUARD] == -1).any():
+        raise KernelError("left a part of an output unwritten")
     return tensor[:-GUARD].view(shape).cpu()
