@@ -3,7 +3,7 @@
 words   language model alone, on scenes told in words: each patch is the sum of its words' embeddings
 tower   vision tower alone: patches name what they show, CLS names what the scene holds
 align   projector: image tokens become the sums of words that the language model knows
-answer  everything, on questions about pixels
+answer  everything, on questions about pixels; the tower goes on naming what it sees
 """
 
 from __future__ import annotations
@@ -50,17 +50,18 @@ STAGES = {
     "align": Stage(
         ((0.0, Plan(scenes=12, questions=0, sides=(12,), pixels=True, labels=True)),),
         ("model.vision_tower.", "model.multi_modal_projector.", "heads."),
-        1e-3,
+        6e-4,
     ),
     "answer": Stage(
         (
-            (0.0, Plan(scenes=12, questions=6, sides=(12,), pixels=True, labels=False)),
-            (0.3, Plan(scenes=6, questions=12, sides=(24,), pixels=True, labels=False)),
+            (0.0, Plan(scenes=12, questions=6, sides=(12,), pixels=True, labels=True)),
+            (0.25, Plan(scenes=6, questions=12, sides=(24,), pixels=True, labels=True)),
         ),
-        ("model.", "lm_head."),
-        4e-4,
+        ("model.", "lm_head.", "heads."),
+        5e-4,
     ),
 }
+NAMING = 0.1  # weight of the tower's own losses beside the answers
 
 
 class Demo(nn.Module):
@@ -85,22 +86,19 @@ class Demo(nn.Module):
         return self._answering(batch, visual)
 
     def _tower(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        features, cls = self.see(batch)
-        losses = self._naming(features.flatten(0, 1), batch["labels"])
-        scene = self.heads["scene"](self.model.vision_tower.post_layernorm(cls)).float()
-        losses["scene"] = F.binary_cross_entropy_with_logits(scene, batch["scene_labels"]) * 10
-        return losses
+        return self._naming(*self.see(batch), batch)
 
     def _align(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        features, _ = self.see(batch)
+        features, cls = self.see(batch)
         tokens = self.model.multi_modal_projector(features).flatten(0, 1).float()
         told = self.told(batch["labels"], noisy=False).detach().float()
         scale = told.pow(2).mean()
-        return {"align": F.mse_loss(tokens, told) / scale, **self._naming(features.flatten(0, 1), batch["labels"])}
+        return {"align": F.mse_loss(tokens, told) / scale, **self._naming(features, cls, batch)}
 
     def _answer(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        features, _ = self.see(batch)
-        return self._answering(batch, self.model.multi_modal_projector(features).flatten(0, 1))
+        features, cls = self.see(batch)
+        naming = {name: NAMING * loss for name, loss in self._naming(features, cls, batch).items()}
+        return naming | self._answering(batch, self.model.multi_modal_projector(features).flatten(0, 1))
 
     # --- parts ---
 
@@ -139,14 +137,17 @@ class Demo(nn.Module):
                 hidden = hidden[0]
         return features[:, 1:], hidden[:, 0]
 
-    def _naming(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy of every attribute of every patch; attributes that are rare count where they are."""
-        normal = F.layer_norm(features, features.shape[-1:])
+    def _naming(self, features: Tensor, cls: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropy of every attribute of every patch, those of things where there are things; and CLS's own."""
+        labels = batch["labels"]
+        normal = F.layer_norm(features.flatten(0, 1), features.shape[-1:])  # [P,Dv]
         is_thing = labels[:, 0] > 0
         losses = {}
         for a, name in enumerate(ATTRIBUTES):
             chosen = is_thing if name in ("shape", "pattern", "size", "character", "center") else slice(None)
             losses[name] = F.cross_entropy(self.heads[name](normal[chosen]).float(), labels[chosen, a])
+        scene = self.heads["scene"](self.model.vision_tower.post_layernorm(cls)).float()
+        losses["scene"] = F.binary_cross_entropy_with_logits(scene, batch["scene_labels"]) * 10
         return losses
 
     def _answering(self, batch: dict[str, Tensor], visual: Tensor) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def test_each_stage_moves_only_what_it_trains(processor: Path, monkeypatch: pyte
         "words": {"pixels": False, "labels": True, "grounds": 3},
         "tower": {"pixels": True, "labels": True},
         "align": {"pixels": True, "labels": True},
-        "answer": {"pixels": True, "labels": False},
+        "answer": {"pixels": True, "labels": True},
     }
     for name, plan in plans.items():
         batch = Batches(Plan(scenes=2, questions=2, sides=(6,), **plan), name, range(1), processor)[0]

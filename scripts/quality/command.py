@@ -1,0 +1,190 @@
+"""scripts/benchmark quality."""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from quality.measures import Scored
+    from quality.report import Conditions, Scores
+    from quality.results import Sitting
+    from quality.variants import Variant
+
+OF_METHODS, OF_OTHERS = (192, 128, 64, 32, 16, 8), (64, 32, 16)  # budgets beside all tokens
+
+
+def quality(
+    questions: Annotated[int, typer.Option(help="Held-out questions, seven a scene.")] = 2100,
+    variants: Annotated[
+        str, typer.Option(help="methods, ablations, experimental, all, or names: eta=0.25,idf+merge:eta=0.75.")
+    ] = "methods",
+    budgets: Annotated[
+        str | None, typer.Option(help="Tokens to keep; if not given, 192 to 8 for methods, 64, 32 and 16 for others.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Model that answers: demo, or a LLaVA-1.5 checkpoint folder.")] = "demo",
+    work: Annotated[Path, typer.Option(help="For graphs and answers; a run that was cut short goes on.")] = Path(
+        "demo-out/quality"
+    ),
+    split: Annotated[str, typer.Option(help="test, to report; check, to choose by.")] = "test",
+    threads: Annotated[int | None, typer.Option(help="Threads; every core if not given.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of timing the selection graphs; 0 for none.")] = 30,
+    write: Annotated[
+        Path | None, typer.Option(help="Folder of quality.md, whose tables and picture are renewed: docs.")
+    ] = None,
+) -> None:
+    """Accuracy of every selection method by budget and kind of question, through the exported graphs."""
+    from flashvlm.errors import FlashVLMError
+    from quality.variants import parse
+
+    try:
+        wanted = parse(variants)
+        sizes = None if budgets is None else [int(each) for each in budgets.split(",")]
+    except (ValueError, FlashVLMError) as error:
+        raise typer.BadParameter(str(error)) from None
+    if split not in ("test", "check") or questions < 1 or (sizes and min(sizes) < 1):
+        raise typer.BadParameter("expected --split test or check, --questions and --budgets of at least 1")
+    if write and not (write / "quality.md").is_file():
+        raise typer.BadParameter(f"--write {write}: there is no quality.md in it; expected docs")
+    try:
+        _quality(_plan(wanted, sizes), questions, model, work, split, threads, rounds, write)
+    except FlashVLMError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _plan(wanted: list[Variant], sizes: list[int] | None) -> list[tuple[Variant, int]]:
+    """Every variant with each of its budgets, the ones it is compared with included."""
+    from quality.variants import METHODS, REFERENCE, RIVALS, known_names
+
+    rivals = RIVALS if {variant.name for variant in wanted} - known_names() else (REFERENCE,)
+    compared = [variant for variant in METHODS if variant.name in rivals]
+    whole_group = all(method in wanted for method in METHODS)
+    plan = [
+        (variant, budget)
+        for variant in (*wanted, *compared)
+        for budget in sizes or (OF_METHODS if whole_group and variant in METHODS else OF_OTHERS)
+    ]
+    return list({(variant.name, budget): (variant, budget) for variant, budget in plan}.values())
+
+
+def _quality(
+    plan: list[tuple[Variant, int]],
+    questions: int,
+    model: str,
+    work: Path,
+    split: str,
+    threads: int | None,
+    rounds: int,
+    write: Path | None,
+) -> None:
+    from quality import report
+    from quality.results import Sitting
+
+    console = Console(width=150)
+    columns = (TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        task = bars.add_task("questions, model", total=None)
+        sitting = Sitting(model, work, questions, split, threads)
+        plan = [(variant, budget) for variant, budget in plan if budget < sitting.all_tokens]
+        bars.update(task, total=(len(plan) + 1) * len(sitting.items))
+        everything, scored = _score(
+            sitting, plan, rounds, lambda doing, done: bars.update(task, description=doing, advance=done)
+        )
+    conditions = report.Conditions(
+        command=shlex.join(["scripts/benchmark", *_given(sys.argv[1:])]),
+        model=Path(model).name,
+        questions=len(sitting.items),
+        scenes=len({id(item.scene) for item in sitting.items}),
+        split=split,
+        backend=f"ONNX Runtime {_version()}, {threads or os.cpu_count()} threads, float32",
+    )
+    scores = report.Scores(everything, scored)
+    report.write_json(work / report.JSON_FILE, report.to_json(conditions, everything, scored))
+    whole = f"all {everything.run.tokens} tokens: {everything.by['all'].accuracy:.1%}"
+    console.print(f"{whole}; {conditions}", highlight=False)
+    _print(console, scores, list(dict.fromkeys(variant.name for variant, _ in plan)))
+    if write is not None:
+        _write(write, scores, conditions, [variant.name for variant, _ in plan])
+
+
+def _score(
+    sitting: Sitting, plan: list[tuple[Variant, int]], rounds: int, step: Callable[[str, int], None]
+) -> tuple[Scored, list[Scored]]:
+    """All tokens, and every run of the plan."""
+    from quality.measures import score
+    from quality.variants import EVERYTHING, RIVALS
+
+    everything = sitting.answers(EVERYTHING, sitting.all_tokens, step)
+    runs = [sitting.answers(variant, budget, step) for variant, budget in plan]
+    step("milliseconds of selection", 0)
+    milliseconds = sitting.select_milliseconds(runs, rounds) if rounds else {}
+    step("intervals", 0)
+    references = [run for run in runs if run.variant.name in RIVALS]
+    (whole,) = score([everything], sitting.items, everything, [], {})
+    return whole, score(runs, sitting.items, everything, references, milliseconds)
+
+
+def _write(folder: Path, scores: Scores, conditions: Conditions, names: list[str]) -> None:
+    """The blocks of the document whose variants were all run."""
+    from quality import plot, report
+    from quality.variants import ALL_TOKENS, METHODS, known_names
+
+    blocks, methods = {}, [variant.name for variant in METHODS]
+    if scores.has(methods):
+        blocks["methods"] = report.methods_block(scores, conditions)
+        picture = io.BytesIO()
+        plot.draw(scores, methods).save(picture, "PNG", optimize=True)
+        report.replace(folder / report.PICTURE, picture.getvalue())
+    if scores.has(known_names() - {ALL_TOKENS, *methods}):
+        blocks["ablations"] = report.ablations_block(scores, conditions)
+    if others := [name for name in dict.fromkeys(names) if name not in known_names()]:
+        blocks["experimental"] = report.experimental_block(scores, conditions, others)
+    report.write_blocks(folder / report.DOCUMENT, blocks)
+
+
+def _print(console: Console, scores: Scores, names: list[str]) -> None:
+    from quality.report import interval
+    from quality.variants import RIVALS
+
+    for budget in scores.budgets(names):
+        table = Table(title=f"budget {budget}", title_justify="left", box=None, pad_edge=False)
+        columns = ("variant", "tokens", "accuracy", *(f"against {r}" for r in RIVALS), "patches kept", "select ms")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left")
+        for name in names:
+            found = scores.get(name, budget)
+            if found is None:
+                continue
+            kept, time = found.by["all"].kept, found.select_ms
+            against = [found.against.get(rival, {}).get("all") for rival in RIVALS]
+            table.add_row(
+                name,
+                str(found.run.tokens),
+                f"{found.by['all'].accuracy:.1%}",
+                *("" if d is None else interval(d).strip("*") for d in against),
+                "" if kept is None else f"{kept:.1%}",
+                "" if time is None else f"{time:.2f}",
+            )
+        console.print(table)
+
+
+def _given(arguments: list[str]) -> list[str]:
+    """The command line without the option that says only where files lie."""
+    pairs = zip(arguments, ["", *arguments[:-1]], strict=True)
+    return [this for this, before in pairs if "--work" not in (this, before) and not this.startswith("--work=")]
+
+
+def _version() -> str:
+    import onnxruntime
+
+    return onnxruntime.__version__
