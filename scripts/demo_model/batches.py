@@ -99,27 +99,32 @@ class Turns:
         )
 
     def encode(self, chats: list[list[tuple[str, str]]], image_tokens: list[int]) -> dict[str, torch.Tensor]:
-        """input_ids [B,T] with one <image> a visual token, targets [B,T]: ids of answers, IGNORED elsewhere."""
-        rows, targets = [], []
-        texts = ["".join(_turn(q, a, first=i == 0) for i, (q, a) in enumerate(chat)) for chat in chats]
-        for encoding, count in zip(self._tokenizer.encode_batch(texts), image_tokens, strict=True):
-            ids, target, answering = [], [], False
-            for token, id_ in zip(encoding.tokens, encoding.ids, strict=True):
-                repeat = count if id_ == self.image_id else 1
-                ids += [id_] * repeat
-                target += [id_ if answering else IGNORED] * repeat
-                if token == ":" and ids[-2] == self._assistant:
-                    answering = True
-                elif id_ == self.end_id:
-                    answering = False
-            rows.append(ids)
-            targets.append(target)
+        """Each row is one image and then its questions, every one as if it alone followed the image.
+
+        Returns:
+            input_ids [B,T] with one <image> a visual token; targets [B,T], ids of answers, IGNORED elsewhere;
+            position_ids [B,T], which start anew behind the image for each question; block [B,T], 0 for the image and
+            what stands before it, then 1, 2, ... a question, -1 for padding.
+        """
+        rows = []
+        for chat, count in zip(chats, image_tokens, strict=True):
+            texts = [f"USER: <image>\n{question} ASSISTANT: {answer}</s>" for question, answer in chat]
+            row: list[tuple[int, int, int, int]] = []  # id, target, position, block
+            for number, encoding in enumerate(self._tokenizer.encode_batch(texts), 1):
+                at = encoding.ids.index(self.image_id)
+                if not row:
+                    prefix = [*encoding.ids[:at], *[self.image_id] * count]
+                    row = [(id_, IGNORED, position, 0) for position, id_ in enumerate(prefix)]
+                question = encoding.ids[at + 1 :]
+                answer = question.index(self._assistant) + 2  # "ASSISTANT" and ":"
+                row += [
+                    (id_, id_ if i >= answer else IGNORED, len(prefix) + i, number) for i, id_ in enumerate(question)
+                ]
+            rows.append(row)
         longest = max(map(len, rows))
-        pad = [[self.pad_id] * (longest - len(row)) for row in rows]
-        return {
-            "input_ids": torch.tensor([row + p for row, p in zip(rows, pad, strict=True)]),
-            "targets": torch.tensor([t + [IGNORED] * len(p) for t, p in zip(targets, pad, strict=True)]),
-        }
+        padded = torch.tensor([row + [(self.pad_id, IGNORED, 0, -1)] * (longest - len(row)) for row in rows])
+        names = ("input_ids", "targets", "position_ids", "block")
+        return {name: padded[..., i].contiguous() for i, name in enumerate(names)}
 
     @property
     def _assistant(self) -> int:
@@ -132,7 +137,3 @@ class Turns:
             for w, word in enumerate(words):
                 (table[a, w + 1],) = self._tokenizer.encode(word, add_special_tokens=False).ids
         return table
-
-
-def _turn(question: str, answer: str, first: bool) -> str:
-    return f"USER: {'<image>' + chr(10) if first else ''}{question} ASSISTANT: {answer}</s>"

@@ -41,6 +41,7 @@ def _corpus() -> Iterator[str]:
         for kind in KINDS:
             question = ask(scene, rng, kind)
             yield f"USER: {question.text} ASSISTANT: {question.answer}"
+            yield f"?{question.text}"  # behind a newline a word has no space before it: pieces of its own
     yield CHAT_TEMPLATE
     yield from english(300)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from string import Template
 
 import torch
 from safetensors.torch import save_file
@@ -12,6 +13,27 @@ from demo_model import build
 from demo_model.stages import Demo
 
 DTYPE = "float16"
+
+
+def round_weights(demo: Demo) -> None:
+    """What is measured is what is shipped."""
+    for tensor in demo.parameters():
+        tensor.data = tensor.data.to(torch.float16).float()
+
+
+def model_card(
+    demo: Demo, steps: dict[str, int], accuracy: dict[str, float], count: int, constant: tuple[str, float]
+) -> str:
+    rows = [f"| {kind} | {share:.1%} |" for kind, share in accuracy.items()]
+    parameters = sum(p.numel() for name, p in demo.named_parameters() if not name.startswith("heads."))
+    return Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8")).substitute(
+        parameters=f"{parameters / 1e6:.1f}",
+        stages="\n".join(["| stage | steps |", "| --- | --- |", *(f"| {n} | {s:,} |" for n, s in steps.items())]),
+        count=f"{count:,}",
+        accuracy="\n".join(["| questions | right |", "| --- | --- |", *rows]),
+        constant=constant[0],
+        constant_share=f"{constant[1]:.1%}",
+    )
 
 
 def ship(demo: Demo, folder: Path, card: str) -> int:

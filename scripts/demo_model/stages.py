@@ -158,11 +158,14 @@ class Demo(nn.Module):
         return {"answer": F.cross_entropy(logits, wanted), "token accuracy": right.detach()}
 
     def read(self, batch: dict[str, Tensor], visual: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B,T-1,D] and the tokens they should predict [B,T-1]. Padding is on the right: causal."""
-        ids = batch["input_ids"]
+        """Hidden states [B,T-1,D] and the tokens they should predict [B,T-1]. A question sees the image and itself."""
+        ids, block = batch["input_ids"], batch["block"]
         embeds = self.model.language_model.embed_tokens(ids)
         is_image = ids == self.config.image_token_id
         embeds = embeds.masked_scatter(is_image[..., None], visual.to(embeds.dtype))
-        mask = torch.ones_like(ids)  # no padding mask: what lies behind a token never reaches it
-        out = self.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
+        seen = same & torch.ones_like(same[0]).tril()  # [B,T,T]
+        out = self.model.language_model(
+            inputs_embeds=embeds, attention_mask=seen[:, None], position_ids=batch["position_ids"], use_cache=False
+        )
         return out.last_hidden_state[:, :-1], batch["targets"][:, 1:]

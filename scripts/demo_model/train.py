@@ -48,7 +48,7 @@ def train(
     torch.set_num_threads(threads)
     stage = STAGES[stage_name]
     out, state_file = folder / f"{stage_name}.safetensors", folder / f"{stage_name}.optimizer.safetensors"
-    first = _step_of(out)
+    first = step_of(out)
     demo = load_demo(folder, *start, *([out] if first else []))
     demo.train()
     for name, parameter in demo.named_parameters():
@@ -113,7 +113,7 @@ def _save(optimizer: torch.optim.Optimizer, named: dict[str, Any], out: Path, st
         partial.replace(path)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     if not path.exists():
         return 0
     with path.open("rb") as file:

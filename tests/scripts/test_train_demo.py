@@ -87,6 +87,21 @@ def test_targets_are_the_answers(processor: Path) -> None:
     assert answers == [words[0], turns.end_id, words[1], words[2], turns.end_id]
 
 
+def test_a_question_among_others_reads_as_it_would_alone(processor: Path) -> None:
+    demo, turns = train.load_demo(processor).eval(), Turns(processor)
+    asked = [("What color is the star?", "red"), ("Where is the small ring?", "top left"), ("Is it?", "yes")]
+    visual = torch.randn(5, demo.config.text_config.hidden_size)
+    with torch.no_grad():
+        together = turns.encode([asked], [5])
+        hidden, targets = demo.read(together, visual)
+        found = hidden[targets != IGNORED]
+        alone = []
+        for one in asked:
+            hidden, targets = demo.read(turns.encode([[one]], [5]), visual)
+            alone.append(hidden[targets != IGNORED])
+    assert torch.allclose(found, torch.cat(alone), atol=1e-5)
+
+
 def test_windows_see_their_own_place(processor: Path) -> None:
     """A whole scene through ``see`` is what transformers' own tower makes of it, features and CLS alike."""
     demo: Demo = train.load_demo(processor).eval()
