@@ -19,8 +19,6 @@ ALIASES = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
 }
-# Comes with this package; a folder of the same name is ./demo.
-SHIPPED = {"demo": Path(__file__).parent / "demo"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -66,7 +64,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Finds a checkpoint and indexes its tensors.
 
     Args:
-        model: ``demo``, an alias such as ``llava-1.5-7b``, a Hub id such as ``llava-hf/llava-1.5-7b-hf``, or a folder.
+        model: an alias such as ``llava-1.5-7b``, a Hub id such as ``llava-hf/llava-1.5-7b-hf``, or a folder.
         revision: branch, tag or commit on the Hub; None for its default branch.
 
     Raises:
@@ -103,7 +101,7 @@ def find_config(model: str, revision: str | None = None) -> tuple[Path, dict[str
 
 
 def _locate(model: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
-    folder = SHIPPED.get(model, Path(model).expanduser())
+    folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"--revision {revision} is for models on the Hub; {model} is a folder")
@@ -112,7 +110,7 @@ def _locate(model: str, revision: str | None, files: list[str] = HUB_FILES) -> P
         return folder
     repo = ALIASES.get(model, model)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")) or repo.endswith("/"):
-        known = ", ".join((*SHIPPED, *ALIASES))
+        known = ", ".join(ALIASES)
         raise CheckpointError(
             f"unknown model {model!r}: expected a folder, a Hub id such as owner/name, or one of {known}"
         )
