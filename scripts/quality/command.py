@@ -180,7 +180,7 @@ def _print(console: Console, scores: Scores, names: list[str]) -> None:
 
 def _given(arguments: list[str]) -> list[str]:
     """The command line without the option that says only where files lie."""
-    pairs = zip(arguments, ["", *arguments[:-1]], strict=True)
+    pairs = zip(arguments, ["", *arguments], strict=False)
     return [this for this, before in pairs if "--work" not in (this, before) and not this.startswith("--work=")]
 
 
