@@ -104,14 +104,14 @@ class Demo(nn.Module):
 
     def told(self, labels: Tensor, noisy: bool) -> Tensor:
         """labels [P,9] -> the sum of the embeddings of a patch's words [P,D]."""
-        ids = self.word_ids[torch.arange(len(ATTRIBUTES)), labels]  # [P,9]
+        ids = self.word_ids[torch.arange(len(ATTRIBUTES), device=labels.device), labels]  # [P,9]
         shown = (labels > 0).float()
         if noisy:
             shown = shown * (torch.rand_like(shown) > 0.04)
         embedded = self.model.language_model.embed_tokens(ids)  # [P,9,D]
         told = (embedded * shown[..., None]).sum(1)
         if noisy:
-            told = told + torch.randn_like(told) * told.detach().std() * 0.4 * torch.rand(len(told), 1)
+            told = told + torch.randn_like(told) * told.detach().std() * 0.4 * torch.rand_like(told[:, :1])
         return told
 
     def see(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -120,9 +120,9 @@ class Demo(nn.Module):
         pixels = batch["pixel_values"]
         side = pixels.shape[-1] // self.config.vision_config.patch_size
         # torch 2.13 on CPUs: the fused attention's backward is 4 times slower than plain products below 150 tokens.
-        tower.config._attn_implementation = "eager" if side <= 12 else "sdpa"
+        tower.config._attn_implementation = "eager" if side <= 12 and not pixels.is_cuda else "sdpa"
         patches = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B,P,Dv]
-        cells = torch.arange(side)
+        cells = torch.arange(side, device=pixels.device)
         rows, columns = (batch["origin"][:, i, None] + cells for i in (0, 1))  # [B,side] each
         places = (rows[:, :, None] * GRID + columns[:, None, :]).flatten(1) + 1  # [B,P]; 0 is CLS
         table = tower.embeddings.position_embedding.weight

@@ -37,7 +37,14 @@ def load_demo(folder: Path, *weights: Path) -> Demo:
 
 
 def train(
-    stage_name: str, steps: int, folder: Path, start: tuple[Path, ...], report: Report, threads: int, workers: int
+    stage_name: str,
+    steps: int,
+    folder: Path,
+    start: tuple[Path, ...],
+    report: Report,
+    threads: int,
+    workers: int,
+    device: str = "cpu",
 ) -> Path:
     """Runs a stage, from its checkpoint if there is one, and returns the file with its weights.
 
@@ -49,7 +56,7 @@ def train(
     stage = STAGES[stage_name]
     out, state_file = folder / f"{stage_name}.safetensors", folder / f"{stage_name}.optimizer.safetensors"
     first = step_of(out)
-    demo = load_demo(folder, *start, *([out] if first else []))
+    demo = load_demo(folder, *start, *([out] if first else [])).to(device)
     demo.train()
     for name, parameter in demo.named_parameters():
         parameter.requires_grad_(name.startswith(stage.trained))
@@ -75,8 +82,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(step)  # noise too comes from the step number alone
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                losses = demo(stage_name, batch)
+            with torch.autocast(device, dtype=torch.bfloat16):
+                losses = demo(stage_name, {name: tensor.to(device) for name, tensor in batch.items()})
             total = sum(value for name, value in losses.items() if name != "token accuracy")
             optimizer.zero_grad(set_to_none=True)
             total.backward()
@@ -125,6 +132,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, Any], sta
     for name, parameter in named.items():
         optimizer.state[parameter] = {
             "step": torch.tensor(float(step)),
-            "exp_avg": state[f"exp_avg/{name}"],
-            "exp_avg_sq": state[f"exp_avg_sq/{name}"],
+            "exp_avg": state[f"exp_avg/{name}"].to(parameter.device),
+            "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(parameter.device),
         }
