@@ -48,7 +48,10 @@ STAGES = {
         1e-3,
     ),
     "align": Stage(
-        ((0.0, Plan(scenes=12, questions=0, sides=(12,), pixels=True, labels=True)),),
+        (
+            (0.0, Plan(scenes=12, questions=0, sides=(12,), pixels=True, labels=True)),
+            (0.4, Plan(scenes=4, questions=0, sides=(24,), pixels=True, labels=True)),
+        ),
         ("model.vision_tower.", "model.multi_modal_projector.", "heads."),
         6e-4,
     ),
