@@ -5,7 +5,6 @@ Transformers computes; ``dialects.py`` says in which operators.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from flashvlm.bundle import DType, ModelSpec, TensorSpec
 from flashvlm_export.dialects import Dialect
 from flashvlm_export.plugin_nodes import DOMAIN, LLOYD_OP, SCORE_OP
-from flashvlm_export.primitives import take
-from flashvlm_export.selection import METHODS, Selection, SelectionInputs, SelectionParams, select
+from flashvlm_export.selection import METHODS, SelectionInputs, SelectionParams, flashvlm, select
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -63,7 +61,7 @@ def onnx_score(
 def onnx_lloyd(
     features: Tensor, scores: Tensor, valid: Tensor, budget: int, top_count: int, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """What ``selection.flashvlm`` does with scores, as one ``flashvlm::MaskedLloyd`` node: kept, is_top [B,K] int32."""
+    """``selection.masked_lloyd`` as one ``flashvlm::MaskedLloyd`` node, whose outputs are int32."""
     shape = (features.shape[0], budget)
     kept, is_top = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{LLOYD_OP}",
@@ -73,21 +71,7 @@ def onnx_lloyd(
         shapes=(shape, shape),
         version=1,
     )
-    return kept, is_top
-
-
-def _flashvlm(inputs: SelectionInputs, budget: int, params: SelectionParams) -> Selection:
-    """The method ``flashvlm`` in its two nodes, which a TensorRT plugin each can take, and a gather."""
-    projected, features, saliency, query, query_mask, valid = inputs
-    scores = onnx_score(
-        projected, query, query_mask, saliency, valid,
-        params.eta, params.temperature, params.pool_temperature, params.eps,
-    )  # fmt: skip
-    space = features if params.partition_space == "features" else projected
-    top_count = math.floor(budget * params.top_ratio + 1e-9)  # as in selection.flashvlm
-    kept, is_top = onnx_lloyd(space, scores, valid, budget, top_count, params.iterations)
-    kept = kept.long()
-    return Selection(take(projected, kept), kept, is_top.bool(), scores)
+    return kept.long(), is_top.bool()
 
 
 # --- modules -------------------------------------------------------------------------------------------------------
@@ -112,7 +96,7 @@ class Select(nn.Module):
     ) -> tuple[Tensor, ...]:
         if self.method == "flashvlm":
             inputs = SelectionInputs(image_tokens, features, saliency, query_embeds, query_mask, valid)
-            return tuple(_flashvlm(inputs, self.budget, self.params))
+            return tuple(flashvlm(inputs, self.budget, self.params, onnx_score, onnx_lloyd))
         return tuple(
             select(
                 image_tokens,

@@ -26,7 +26,7 @@ from flashvlm.errors import FlashVLMError
 from flashvlm_export.dialects import Dialect
 from flashvlm_export.graphs import TORCH_DTYPES, Graph
 from flashvlm_export.plugin_nodes import DOMAIN, LLOYD_OP, SCORE_OP
-from flashvlm_export.selection import SelectionInputs, SelectionParams, flashvlm, text_guided_score
+from flashvlm_export.selection import masked_lloyd, text_guided_score
 
 # Prime, distinct and above one, so that no two symbolic dimensions and no constant are taken for each other.
 EXAMPLE_SIZES = {"batch": 2, "sequence": 5, "query": 7, "prefix": 3, "suffix": 11, "capacity": 37}
@@ -330,20 +330,16 @@ def score_function(opset: int) -> ir.Function:
 def lloyd_function(
     opset: int, tokens: int, width: int, dtype: torch.dtype, budget: int, top_count: int, iterations: int
 ) -> ir.Function:
-    """The body of MaskedLloyd: ``selection.flashvlm`` with scores that are given.
+    """The body of MaskedLloyd: ``selection.masked_lloyd`` itself.
 
     It is of one budget and size, as TopK and the unrolled iterations have them built in; the attributes that say
     so are for a plugin, and the body reads none.
     """
-    params = SelectionParams(top_ratio=top_count / budget, iterations=iterations)
 
     class Lloyd(nn.Module):
-        def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-            features, scores, valid = inputs
-            column = scores[:, :, None]  # in place of the tokens and the question, which nothing reads
-            given = SelectionInputs(column, features, scores, column, valid, valid)
-            chosen = flashvlm(given, budget, params, lambda *_: scores)
-            return chosen.kept.int(), chosen.is_top.int()
+        def forward(self, features: Tensor, scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+            kept, is_top = masked_lloyd(features, scores, valid, budget, top_count, iterations)
+            return kept.int(), is_top.int()
 
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     examples = {
@@ -360,7 +356,7 @@ def lloyd_function(
 
 def _traced(module: nn.Module, examples: tuple[Tensor, ...], shapes: tuple[Any, ...], opset: int) -> ir.Graph:
     with torch.no_grad(), _quiet():
-        program = torch.export.export(module, examples, dynamic_shapes=(shapes,), strict=False)
+        program = torch.export.export(module, examples, dynamic_shapes=_varargs(module, shapes), strict=False)
         model = _to_ir(program, opset)
     _fold(model)
     return model.graph

@@ -32,50 +32,13 @@ from flashvlm.errors import CheckpointError, FlashVLMError, SelectionError
 from flashvlm.profile import allocated_rows
 from flashvlm_export import graphs, weights
 from flashvlm_export.checkpoint import ALIASES, ITEMSIZE, StoredTensor, find_config
-from flashvlm_export.families import family_of
+from flashvlm_export.families import CONFIGS, family_of
 
 # docs/measurements.md, "Engines": bytes of an engine for each byte of its weights, and of memory while building it.
 VISION_ENGINE, DECODER_ENGINE = 1.01, 1.002
 SELECT_ENGINE = 4_000_000
 BUILD_PEAK, BUILD_ANONYMOUS = 3.1, 2.05
 HEADER = weights.ALIGNMENT  # of the embedding table's file
-
-_CLIP_L_336 = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-
-
-def _llava(hidden: int, layers: int, heads: int, inter: int) -> dict[str, Any]:
-    text = {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inter,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "vocab_size": 32064,
-        "max_position_embeddings": 4096,
-    }
-    return {
-        "model_type": "llava",
-        "dtype": "float16",
-        "image_token_index": 32000,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
-        "vision_config": _CLIP_L_336,
-        "text_config": text,
-    }
-
-
-# What decides sizes in the config.json of the models that have a short name, so that planning needs no network.
-CONFIGS = {"llava-1.5-7b": _llava(4096, 32, 32, 11008), "llava-1.5-13b": _llava(5120, 40, 40, 13824)}
 
 
 @dataclass(frozen=True)

@@ -237,19 +237,22 @@ def finish(
     budget: int,
     spare: Tensor | None = None,
 ) -> Selection:
-    """Exactly ``budget`` distinct ascending tokens out of a choice of at most that many.
+    """A selection of what ``fill`` makes of a choice. top: [B, N] bool, those of the chosen that were so by score."""
+    kept = fill(inputs.valid, chosen, scores if spare is None else spare, budget)
+    return Selection(take(inputs.projected, kept), kept, holds(top, kept), scores)
+
+
+def fill(valid: Tensor, chosen: Tensor, spare: Tensor, budget: int) -> Tensor:
+    """Exactly ``budget`` distinct ascending tokens [B, K] out of a choice of at most that many.
 
     Where the choice falls short (an empty cluster, a method that ran out of rank), the best spares fill it;
     where there are fewer valid tokens than budget, invalid ones do. Since nothing chosen can be crowded out,
     the chosen need no order among themselves, and every spare keeps the float32 resolution of its score.
 
     Args:
-        chosen: [B, N] bool, at most ``budget`` true a row. top: [B, N] bool, those of them chosen by score.
-        scores: [B, N] float32. spare: [B, N] float32, what to fill by where that is not the scores.
+        valid: [B, N] bool. chosen: [B, N] bool, at most ``budget`` true a row. spare: [B, N] float32, what to fill by.
     """
-    spare = scores if spare is None else spare
-    key = torch.where(inputs.valid, torch.where(chosen, HIGH, spare), LOW)
+    key = torch.where(valid, torch.where(chosen, HIGH, spare), LOW)
     kept = top_k(key, budget)
     # Ascending by a float TopK: indices are exact in float32 and TensorRT has no integer sort.
-    kept = (-torch.topk(-kept.float(), budget, dim=1).values).long()
-    return Selection(take(inputs.projected, kept), kept, holds(top, kept), scores)
+    return (-torch.topk(-kept.float(), budget, dim=1).values).long()

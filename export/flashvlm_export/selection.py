@@ -35,11 +35,13 @@ from .primitives import (
     SelectionInputs,
     SelectionParams,
     best_of,
-    finish,
+    fill,
     first_largest,
     gram,
+    holds,
     members_at,
     one_hot,
+    take,
     text_guided_score,
 )
 
@@ -52,18 +54,23 @@ __all__ = [
     "SelectionInputs",
     "SelectionParams",
     "flashvlm",
+    "masked_lloyd",
     "select",
     "text_guided_score",
 ]
 
+LloydFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, int, int, int], tuple[Tensor, Tensor]]
 Method: TypeAlias = Callable[[SelectionInputs, int, SelectionParams, ScoreFn], Selection]
 
 
-def flashvlm(inputs: SelectionInputs, budget: int, params: SelectionParams, score: ScoreFn) -> Selection:
+def flashvlm(
+    inputs: SelectionInputs, budget: int, params: SelectionParams, score: ScoreFn, lloyd: LloydFn | None = None
+) -> Selection:
     """The best tokens for the question, and representatives of everything else (arXiv 2512.20561).
 
     floor(budget * top_ratio) tokens by text_guided_score; the rest of the budget by spherical k-means of the
     others, in place of the published bipartite merging, whose choice hangs on the last bit of a float.
+    ``lloyd``: masked_lloyd, or a stand-in that emits it as one graph node.
     """
     projected, features, saliency, query, query_mask, valid = inputs
     scores = score(
@@ -71,12 +78,28 @@ def flashvlm(inputs: SelectionInputs, budget: int, params: SelectionParams, scor
         params.eta, params.temperature, params.pool_temperature, params.eps,
     )  # fmt: skip
     top_count = math.floor(budget * params.top_ratio + 1e-9)  # 100 * 0.29 is 28.999999999999996
+    space = features if params.partition_space == "features" else projected
+    kept, is_top = (lloyd or masked_lloyd)(space, scores, valid, budget, top_count, params.iterations)
+    return Selection(take(projected, kept), kept, is_top, scores)
+
+
+def masked_lloyd(
+    features: Tensor, scores: Tensor, valid: Tensor, budget: int, top_count: int, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """The ``top_count`` best-scored tokens, and representatives of the other valid ones.
+
+    Args:
+        features: [B, N, Dv] float. scores: [B, N] float32. valid: [B, N] bool.
+
+    Returns:
+        kept: [B, K] int64, ascending. is_top: [B, K] bool, which of them are there for their score.
+    """
     top = best_of(scores, valid, top_count)
     chosen = top
     if top_count < budget:
-        space = features if params.partition_space == "features" else projected
-        chosen = top | representatives(space, valid & ~top, budget - top_count, params.iterations)
-    return finish(inputs, chosen, top, scores, budget)
+        chosen = top | representatives(features, valid & ~top, budget - top_count, iterations)
+    kept = fill(valid, chosen, scores, budget)
+    return kept, holds(top, kept)
 
 
 def representatives(tokens: Tensor, free: Tensor, count: int, iterations: int) -> Tensor:
@@ -98,14 +121,14 @@ def representatives(tokens: Tensor, free: Tensor, count: int, iterations: int) -
     seed_ranks = torch.floor((2 * number + 1).float() * free_count / (2 * count))  # [B, count]
     members = members_at(free, seed_ranks)  # [B, N, count]
     for _ in range(iterations):
-        nearest = first_largest(_similarity_to_centroids(cosine, members), dim=2)  # [B, N]
+        nearest = first_largest(similarity_to_centroids(cosine, members), dim=2)  # [B, N]
         members = one_hot(nearest, count) & free[:, :, None]
-    similarity = torch.where(members, _similarity_to_centroids(cosine, members), LOW)
+    similarity = torch.where(members, similarity_to_centroids(cosine, members), LOW)
     closest = one_hot(first_largest(similarity, dim=1), tokens.shape[1])  # [B, count, N]
     return (closest & members.transpose(1, 2)).any(1)  # an empty cluster has no member to name
 
 
-def _similarity_to_centroids(cosine: Tensor, members: Tensor) -> Tensor:
+def similarity_to_centroids(cosine: Tensor, members: Tensor) -> Tensor:
     """Cosine of every token to every centroid, [B, N, count]; LOW where a cluster has no centroid."""
     weight = members.float()
     to_sum = cosine @ weight  # [B, N, count], token . sum of members

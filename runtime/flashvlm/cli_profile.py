@@ -16,9 +16,8 @@ from flashvlm.errors import FlashVLMError, SelectionError
 
 if TYPE_CHECKING:
     from flashvlm.bundle import Bundle
-    from flashvlm.engines import Target
+    from flashvlm.engines import Engines, Target
     from flashvlm.profile import Budget, Profile, ProfileOptions
-    from flashvlm.trtexec import Engines
 
 app = cli_support.new_app()
 
@@ -155,24 +154,17 @@ def _drive_trtexec(
     out: Path | None,
 ) -> Profile:
     """Runs every line with its files under ``folder``; the profile tells them as they are under ``out``."""
+    from flashvlm.engines import build_command
     from flashvlm.profile import synthetic_prompt
     from flashvlm.report import TRTEXEC_FOLDER
-    from flashvlm.trtexec import (
-        collect,
-        command,
-        compile_command,
-        find_engines,
-        find_executable,
-        jobs,
-        script,
-        write_values,
-    )
+    from flashvlm.trtexec import ANY_GPU, collect, command, find_engines, find_executable, jobs, script, write_values
     from flashvlm.trtexec import run as run_line
 
     engines = find_engines(bundle, target)
     target = _target(engines, target, plugins)
     if engines is None:
-        raise FlashVLMError(f"{bundle.path} has no engines; build them with: {compile_command(bundle, target)}")
+        build = build_command(bundle, target, ANY_GPU)
+        raise FlashVLMError(f"{bundle.path} has no engines; build them with: {build}")
     executable = find_executable(target)
     files = folder / TRTEXEC_FOLDER
     prompt = synthetic_prompt(bundle, options.prompt_tokens)[1]

@@ -102,7 +102,7 @@ def built_from(spec: EngineSpec, bundle: Bundle, graph: str) -> bool:
 
 @dataclass(frozen=True)
 class Engines:
-    """A folder of engines of a bundle that this module and a GPU of this compute capability load."""
+    """A folder of engines of a bundle, and the compute capability (or several, ``8.6,8.9``) to build them for again."""
 
     bundle: Bundle
     folder: Path
@@ -119,6 +119,19 @@ class Engines:
 def has_engines(bundle: Bundle, target: Target) -> bool:
     """Whether the bundle has engines for ``target`` at all, of any version and GPU."""
     return any((bundle.path / ENGINES).glob(f"{target}-[0-9]*/{ENGINE_MANIFEST}"))
+
+
+def newest_engines(bundle: Bundle, target: Target | None) -> Engines | None:
+    """The engines built last for ``target`` (None: for any), of whatever version and GPU; None if there are none."""
+    found = []
+    for path in (bundle.path / ENGINES).glob(f"*/{ENGINE_MANIFEST}"):
+        manifest = read_manifest(path.parent)
+        if target in (None, manifest.target):
+            found.append((path.stat().st_mtime_ns, path.parent, manifest))
+    if not found:
+        return None
+    _, folder, manifest = max(found, key=lambda entry: entry[:2])
+    return Engines(bundle, folder, manifest, ",".join(manifest.flags.compute_capabilities))
 
 
 def find_engines(bundle: Bundle, target: Target, version: str, capability: str) -> Engines:

@@ -27,6 +27,23 @@ class Row:
     position_ids: np.ndarray
 
 
+def row_with_image(text: np.ndarray, at: int, visual: Array, places: tuple[np.ndarray, int] | None) -> Row:
+    """The prompt with an image in place of its placeholder.
+
+    Args:
+        text: embeddings [T,D] of the prompt's tokens.
+        at: which of them is the placeholder.
+        visual: the image's tokens [K,D].
+        places: indices int64 [K] of the tokens among those of the whole image, and how many it has, for position ids
+            as if all were there; None numbers the tokens as they stand.
+    """
+    positions = np.arange(len(text) - 1 + len(visual))
+    if places is not None:
+        kept, every = places
+        positions = np.concatenate([np.arange(at), at + kept, at + every + np.arange(len(text) - at - 1)])
+    return Row((text[:at], visual, text[at + 1 :]), positions)
+
+
 @dataclass
 class Timings:
     """Wall milliseconds of each stage; ``vision`` is 0 when the image's features were cached."""

@@ -15,7 +15,7 @@ import numpy as np
 from flashvlm.bundle import EMBEDDINGS, PROCESSOR, Bundle
 from flashvlm.embeddings import open_table
 from flashvlm.errors import FlashVLMError, PromptError, SelectionError
-from flashvlm.generation import Row, StopReason, Timings, check_capacity, generate_tokens
+from flashvlm.generation import Row, StopReason, Timings, check_capacity, generate_tokens, row_with_image
 from flashvlm.images import ImageSource, image_digest, load_image, preprocess
 from flashvlm.processor import EncodedPrompt, Message, TextProcessor
 from flashvlm.sampling import Sampler, SamplingParams
@@ -335,15 +335,11 @@ class Pipeline:
         text = self._embedding[prompt.input_ids]  # [T,D]
         if selection is None:
             return _Prompt(Row((text,), np.arange(len(text))), None, 0)
-        (at,) = prompt.image_positions
-        kept = selection.kept
-        segments = (text[:at], selection.visual_embeds, text[at + 1 :])
-        if self.bundle.manifest.selection.positions == "keep":
-            after = at + self.bundle.manifest.model.num_image_tokens
-            positions = np.concatenate([np.arange(at), at + kept, after + np.arange(len(text) - at - 1)])
-        else:
-            positions = np.arange(len(text) - 1 + len(kept))
-        return _Prompt(Row(segments, positions), selection, len(kept))
+        manifest = self.bundle.manifest
+        keep = manifest.selection.positions == "keep"
+        places = (selection.kept, manifest.model.num_image_tokens) if keep else None
+        row = row_with_image(text, int(prompt.image_positions[0]), selection.visual_embeds, places)
+        return _Prompt(row, selection, len(selection.kept))
 
 
 class Conversation:

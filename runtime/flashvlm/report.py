@@ -177,7 +177,7 @@ COLOURS: dict[str, Rgb] = {
 LINE, TARGET = (0, 114, 178), (204, 68, 0)
 
 
-class _Pen:
+class Pen:
     """Pillow's drawing in pixels of the finished picture."""
 
     def __init__(self, width: int, height: int) -> None:
@@ -212,7 +212,7 @@ def text_width(text: str, size: int) -> float:
 def draw(profile: Profile, recommendation: Recommendation | None = None) -> Image.Image:
     """Two panels, the time to first token against the budget and what it is made of, under a title."""
     top = MARGIN + 134
-    pen = _Pen(2 * PANEL + 3 * MARGIN, top + PLOT + 132 + MARGIN)
+    pen = Pen(2 * PANEL + 3 * MARGIN, top + PLOT + 132 + MARGIN)
     pen.text(MARGIN, MARGIN + 26, f"{profile.model} at each budget of visual tokens", INK, 28, "ls")
     options = profile.options
     tokens = f"{profile.budgets[0].text_tokens} text tokens, {options.new_tokens} new"
@@ -230,7 +230,7 @@ def draw(profile: Profile, recommendation: Recommendation | None = None) -> Imag
     return pen.finished()
 
 
-def _latency_panel(pen: _Pen, left: int, top: int, profile: Profile, recommendation: Recommendation | None) -> None:
+def _latency_panel(pen: Pen, left: int, top: int, profile: Profile, recommendation: Recommendation | None) -> None:
     target = None if recommendation is None else recommendation.target_ms
     highest = max(budget.first_token.p90 for budget in profile.budgets)
     # A target far above everything measured would press the measurements to the floor.
@@ -267,7 +267,7 @@ def _latency_panel(pen: _Pen, left: int, top: int, profile: Profile, recommendat
     pen.text((x0 + x1) / 2, bottom + 42, "visual tokens kept", MUTED, 17, "mt")
 
 
-def _stage_panel(pen: _Pen, left: int, top: int, profile: Profile, recommendation: Recommendation | None) -> None:
+def _stage_panel(pen: Pen, left: int, top: int, profile: Profile, recommendation: Recommendation | None) -> None:
     names = [stage for stage in COLOURS if any(stage in budget.stages for budget in profile.budgets)]
     sums = [sum(b.stages[s].median for s in names if s in b.stages) for b in profile.budgets]
     x0, scale = left + 58, (PANEL - 58 - 160) / max(sums)

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from flashvlm.bundle import Bundle, GraphSpec, prefill_graph, select_graph
-from flashvlm.engines import ENGINE_MANIFEST, ENGINES, EngineManifest, Target, built_from, read_manifest
+from flashvlm.engines import Engines, Target, build_command, built_from, newest_engines
 from flashvlm.errors import FlashVLMError
 from flashvlm.processor import EncodedPrompt
 from flashvlm.profile import (
@@ -46,17 +46,10 @@ EXECUTABLES: dict[Target, str] = {"tensorrt": "trtexec", "tensorrt-rtx": "tensor
 # Where JetPack and NVIDIA's containers put trtexec, off the PATH.
 USUAL_FOLDERS = ("/usr/src/tensorrt/bin", "/opt/tensorrt/bin")
 WARM_UP_MS = 500
+ANY_GPU = "X.Y"  # where a command line names a compute capability
 SECONDS = 3  # of measuring, at least, beside --runs inferences
 OUTSIDE = "(no graph path)"  # what TensorRT adds of its own and names after no node
 LAYERS = re.compile(r"\.\d+(?=/|$)")
-
-
-@dataclass(frozen=True)
-class Engines:
-    """A folder of compiled engines of this bundle."""
-
-    folder: Path
-    manifest: EngineManifest
 
 
 @dataclass(frozen=True)
@@ -90,27 +83,18 @@ def find_engines(bundle: Bundle, target: Target | None) -> Engines | None:
     Raises:
         FlashVLMError: they were built from another export, or hold no weights.
     """
-    found = []
-    for path in (bundle.path / ENGINES).glob(f"*/{ENGINE_MANIFEST}"):
-        manifest = read_manifest(path.parent)
-        if target in (None, manifest.target):
-            found.append((path.stat().st_mtime_ns, path.parent, manifest))
-    if not found:
+    engines = newest_engines(bundle, target)
+    if engines is None:
         return None
-    _, folder, manifest = max(found, key=lambda entry: entry[:2])
-    again = f"build them again with: {compile_command(bundle, manifest.target)}"
+    again = f"build them again with: {engines.rebuild()}"
     for graph in bundle.manifest.graphs:
-        spec = manifest.engines.get(graph)
-        if spec is None or not (folder / spec.file).is_file() or not built_from(spec, bundle, graph):
-            raise FlashVLMError(f"{folder} has no engine of this export's {graph}; {again}")
-    if manifest.flags.strip_weights:
-        raise FlashVLMError(f"{folder} holds engines without weights, which trtexec cannot fill; {again}")
-    return Engines(folder, manifest)
-
-
-def compile_command(bundle: Bundle, target: Target) -> str:
-    more = " --compute-capability X.Y" if target == "tensorrt-rtx" else ""
-    return f"flashvlm-compile {shlex.quote(str(bundle.path))} --target {target}{more}"
+        spec = engines.manifest.engines.get(graph)
+        if spec is None or not (engines.folder / spec.file).is_file() or not built_from(spec, bundle, graph):
+            raise FlashVLMError(f"{engines.folder} has no engine of this export's {graph}; {again}")
+    if engines.manifest.flags.strip_weights:
+        again = again.replace(" --strip-weights", "")
+        raise FlashVLMError(f"{engines.folder} holds engines without weights, which trtexec cannot fill; {again}")
+    return engines
 
 
 def jobs(bundle: Bundle, options: ProfileOptions, prompt: EncodedPrompt, engines: Engines | None) -> list[Job]:
@@ -135,7 +119,7 @@ def jobs(bundle: Bundle, options: ProfileOptions, prompt: EncodedPrompt, engines
             raise FlashVLMError(
                 f"prompt and answer take {longest} tokens, {query} of them the question; the engines take "
                 f"{capacity} and {flags.max_query}: ask for fewer, or build with: "
-                f"flashvlm-compile {bundle.path} --max-seq {longest} --max-query {query}"
+                + engines.rebuild(max_seq=max(longest, capacity), max_query=max(query, flags.max_query))
             )
     valid: dict[str, np.ndarray] = {"valid": np.ones((1, manifest.model.num_image_tokens), np.bool_)}
     asked: dict[str, np.ndarray] = {"query_mask": np.ones((1, query), np.bool_)}
@@ -241,7 +225,7 @@ def script(
 ) -> Iterator[str]:
     """The lines as a shell script; ``more`` as for ``command``. Without engines it begins with building them."""
     if engines is None:
-        yield compile_command(bundle, target)
+        yield build_command(bundle, target, ANY_GPU)
     for job in measured:
         if engines is None and needs_engine(bundle, job):
             yield f"# {job.name}: TensorRT takes {job.graph} with a fixed KV capacity only; list it again once built"

@@ -37,7 +37,7 @@ from flashvlm_export.primitives import (
     top_k,
     unit,
 )
-from flashvlm_export.selection import _similarity_to_centroids
+from flashvlm_export.selection import similarity_to_centroids
 
 PEAK = 0.02  # softness of a question token's votes over image tokens, in cosine
 NEIGHBOUR = 0.5  # weight of the 3 x 3 neighbourhood in `local`
@@ -216,9 +216,9 @@ def _clusters(
         members = members_at(free, torch.floor((2 * number + 1).float() * free_count / (2 * count)))
     members = members & free[:, :, None]
     for _ in range(iterations):
-        nearest = first_largest(_similarity_to_centroids(cosine, members), dim=2)  # [B, N]
+        nearest = first_largest(similarity_to_centroids(cosine, members), dim=2)  # [B, N]
         members = one_hot(nearest, count) & free[:, :, None]
-    similarity = torch.where(members, _similarity_to_centroids(cosine, members), LOW)
+    similarity = torch.where(members, similarity_to_centroids(cosine, members), LOW)
     closest = one_hot(first_largest(similarity, dim=1), free.shape[1]).transpose(1, 2) & members
     return members, closest
 

@@ -17,7 +17,7 @@ from PIL import Image
 from demo_model.words import COVERED
 from flashvlm.bundle import EMBEDDINGS, PROCESSOR, Bundle
 from flashvlm.embeddings import open_table
-from flashvlm.generation import Row, Timings, check_capacity, generate_tokens
+from flashvlm.generation import Row, Timings, check_capacity, generate_tokens, row_with_image
 from flashvlm.images import preprocess
 from flashvlm.processor import TextProcessor
 from flashvlm.sampling import Sampler, SamplingParams
@@ -189,15 +189,11 @@ class Exam:
 
     def _row(self, variant: Variant, index: int, chosen: _Chosen) -> Row:
         prompt = self._prompts[index]
-        text = self._embedding[prompt.input_ids]  # [T,D]
-        (at,) = prompt.image_positions
-        segments = (text[:at], chosen.embeds, text[at + 1 :])
-        positions = np.arange(len(text) - 1 + len(chosen.embeds))
+        places = None
         if variant.positions == "keep":
             assert chosen.kept is not None
-            after = at + self._model.num_image_tokens
-            positions = np.concatenate([np.arange(at), at + chosen.kept, after + np.arange(len(text) - at - 1)])
-        return Row(segments, positions)
+            places = chosen.kept, self._model.num_image_tokens
+        return row_with_image(self._embedding[prompt.input_ids], int(prompt.image_positions[0]), chosen.embeds, places)
 
     def _asked_patches(self, item: Item) -> np.ndarray | None:
         rows, columns = self._model.image_grid

@@ -16,7 +16,8 @@ import checkpoints
 from flashvlm.bundle import EMBEDDINGS, Bundle
 from flashvlm.profile import kv_bytes
 from flashvlm_export.cli import main
-from flashvlm_export.plan import CONFIGS, Plan, PlanOptions, plan
+from flashvlm_export.families import CONFIGS
+from flashvlm_export.plan import Plan, PlanOptions, plan
 from flashvlm_export.weights import ALIGNMENT
 from refusals import assert_refused, run
 

@@ -48,7 +48,7 @@ def test_the_whole_selection_is_two_nodes_and_a_gather(kind: str, request: pytes
     model = graph(request, kind)
     onnx.checker.check_model(model)
     operators = [node.op_type for node in model.graph.node]
-    assert operators == [SCORE_OP, LLOYD_OP, "Cast", "Unsqueeze", "Expand", "GatherElements", "Cast"]
+    assert operators == [SCORE_OP, LLOYD_OP, "Cast", "Cast", "Unsqueeze", "Expand", "GatherElements"]
     assert {(f.domain, f.name) for f in model.functions} == {(DOMAIN, SCORE_OP), (DOMAIN, LLOYD_OP)}
     # TensorRT before 10.8 mistakes a value of a body for one outside of that name.
     for function in model.functions:
@@ -139,7 +139,7 @@ def test_onnxruntime_runs_the_bodies_and_knows_no_plugin_node(request: pytest.Fi
 def test_a_parser_without_the_plugins_refuses_by_name(tiny_gqa_half_bundle: Path, tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     from flashvlm.bundle import Bundle
-    from flashvlm_export.compile import _build
+    from flashvlm_export.builder import build_engine
 
     bundle = Bundle(tiny_gqa_half_bundle)
     flags = BuildFlags(compute_capabilities=("8.9",), max_seq=128, max_batch=1, max_query=64)
@@ -147,7 +147,9 @@ def test_a_parser_without_the_plugins_refuses_by_name(tiny_gqa_half_bundle: Path
     with pytest.raises(
         FlashVLMError, match=r"cannot take select-k5.onnx: TextGuidedScore \(.*Plugin not found.*Masked"
     ):
-        _build(trt, bundle, "select-k5", spec, flags, None, tmp_path / "x", lambda *_: lambda _: None, to_plugins=True)
+        build_engine(
+            trt, bundle, "select-k5", spec, flags, None, tmp_path / "x", lambda *_: lambda _: None, to_plugins=True
+        )
     assert not (tmp_path / "x").exists()
 
 
@@ -207,8 +209,8 @@ def test_the_library_is_loaded_and_recorded(tiny_gqa_half_bundle: Path, tmp_path
 
 def test_trtexec_is_given_the_library_of_the_engines(tiny_gqa_half_bundle: Path, tmp_path: Path) -> None:
     from flashvlm.bundle import Bundle
-    from flashvlm.engines import EngineSpec
-    from flashvlm.trtexec import Engines, Job, command
+    from flashvlm.engines import Engines, EngineSpec
+    from flashvlm.trtexec import Job, command
 
     bundle = Bundle(tiny_gqa_half_bundle)
     flags = BuildFlags(compute_capabilities=("8.7",), max_seq=128, max_batch=1, max_query=64)
@@ -219,7 +221,8 @@ def test_trtexec_is_given_the_library_of_the_engines(tiny_gqa_half_bundle: Path,
     manifest = EngineManifest(
         target="tensorrt", version="10.13.0", flags=flags, engines={"vision": spec}, plugins=(library,)
     )
-    call = (bundle, Job("vision", "vision", None, "vision", {"batch": 1}), Engines(tmp_path, manifest), "tensorrt")
+    engines = Engines(bundle, tmp_path, manifest, "8.7")
+    call = (bundle, Job("vision", "vision", None, "vision", {"batch": 1}), engines, "tensorrt")
     with pytest.raises(FlashVLMError, match=r"calls libflashvlm_plugins.so; name it with: flashvlm-profile --plugin"):
         command(*call, tmp_path, 1)
     assert "--dynamicPlugins=x.so" in command(*call, tmp_path, 1, plugins=[Path("x.so")])

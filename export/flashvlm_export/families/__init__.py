@@ -1,6 +1,6 @@
 """Model families: one module each, and nothing family-specific anywhere else.
 
-A family module provides NAME and the functions of ``llava.py``; see CONTRIBUTING.md for how to add one.
+A family module provides NAME, CONFIGS and the functions of ``llava.py``; see CONTRIBUTING.md for how to add one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from flashvlm.errors import CheckpointError
 from flashvlm_export.families import llava
 
 FAMILIES: dict[str, ModuleType] = {module.NAME: module for module in (llava,)}
+CONFIGS: dict[str, dict[str, Any]] = {name: c for family in FAMILIES.values() for name, c in family.CONFIGS.items()}
 
 
 def family_of(config: dict[str, Any]) -> ModuleType:

@@ -29,6 +29,42 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Imag
 COMPUTED = re.compile(r"(embeddings\.position_ids|rotary_emb\.inv_freq)$")
 
 
+def _sizes(hidden: int, layers: int, heads: int, inter: int) -> dict[str, Any]:
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
+    text = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+    }
+    return {
+        "model_type": "llava",
+        "dtype": "float16",
+        "image_token_index": 32000,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "vision_config": vision,
+        "text_config": text,
+    }
+
+
+# What decides sizes in the config.json of the models that have a short name, so that planning needs no network.
+CONFIGS = {"llava-1.5-7b": _sizes(4096, 32, 32, 11008), "llava-1.5-13b": _sizes(5120, 40, 40, 13824)}
+
+
 class Vision(nn.Module):
     """pixel_values [B,3,H,W] -> image_tokens [B,N,D], features [B,N,Dv], saliency [B,N] float32.
 
