@@ -43,6 +43,7 @@ class Preset:
     text_tokens: int
     vocab_multiple: int  # LLaVA pads its embedding rows to a multiple of 64: 32002 tokens, 32064 rows
     dtype: str
+    rope_theta: float = 1e4
 
     @property
     def image_token_id(self) -> int:
@@ -233,7 +234,7 @@ def make_config(preset: Preset, dtype: str) -> Any:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=preset.pad_token_id,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": preset.rope_theta},
         tie_word_embeddings=False,
     )
     return LlavaConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,18 @@ from scenes.world import Scene, sample_scene
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 IGNORED = -100
+SLOT = 64  # tokens: three or four questions with their answers; the longest has 33
+# How often each kind is asked: more of what takes several steps of thought.
+SHARES = {"attribute": 4, "where": 3, "existence": 4, "counting": 5, "comparison": 6, "character": 2, "ground": 0.5}
 
 
 @dataclass(frozen=True)
 class Plan:
     """What one stage reads: scenes a step, questions a scene, patches a side, and which tensors to make.
 
-    grounds   of the patches that show no thing, how many are kept at most (None: all); only without pixels
+    grounds   of the patches that show no thing, how many the language model reads at most, between these two numbers,
+              another in every scene (None: all), so that it learns not to depend on how many there are
+    each      of the patches of one thing likewise, beside its centre: they all say the same
     """
 
     scenes: int
@@ -34,7 +40,8 @@ class Plan:
     sides: tuple[int, ...]
     pixels: bool
     labels: bool
-    grounds: int | None = None
+    grounds: tuple[int, int] | None = None
+    each: tuple[int, int] | None = None
 
 
 class Batches(Dataset):
@@ -55,32 +62,49 @@ class Batches(Dataset):
         scenes = [sample_scene(f"train/{self.name}/{step}/{i}", training=True, side=side) for i in range(plan.scenes)]
         rng = np.random.default_rng(step)
         batch: dict[str, Any] = {"origin": torch.tensor([(s.top, s.left) for s in scenes])}
-        labels = [patch_labels(scene) for scene in scenes] if plan.labels else []
+        counts = [side * side] * len(scenes)
         if plan.labels:
-            if plan.grounds is not None:
-                labels = [_some_grounds(each, plan.grounds, rng) for each in labels]
+            labels = [patch_labels(scene) for scene in scenes]
+            kept = [_kept(each, plan, rng) for each in labels]
+            if not plan.pixels:  # those that are not kept need not be made
+                labels = [each[keep] for each, keep in zip(labels, kept, strict=True)]
             batch["labels"] = torch.from_numpy(np.concatenate(labels))  # [patches of all, 9]
+            batch["kept"] = torch.from_numpy(np.concatenate(kept))  # [patches of all] bool
             batch["scene_labels"] = torch.from_numpy(np.stack([scene_labels(s) for s in scenes]))
+            counts = [int(keep.sum()) for keep in kept]
         if plan.pixels:
             batch["pixel_values"] = pixel_values(scenes)
         if plan.questions:
-            counts = [len(each) for each in labels] if plan.labels else [side * side] * len(scenes)
             chats = [self._chat(scene, f"{self.name}/{step}/{i}") for i, scene in enumerate(scenes)]
             batch |= self._turns.encode(chats, counts)
         return batch
 
     def _chat(self, scene: Scene, seed: str) -> list[tuple[str, str]]:
         rng = random.Random(f"questions/{seed}")
-        asked = [ask(scene, rng) for _ in range(self.plan.questions)]
+        kinds = rng.choices(list(SHARES), list(SHARES.values()), k=self.plan.questions)
+        asked = [ask(scene, rng, kind) for kind in kinds]
         return [(question.text, question.answer) for question in asked]
 
 
-def _some_grounds(labels: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    is_ground = labels[:, list(ATTRIBUTES).index("ground")] > 0
-    keep = ~is_ground
-    grounds = np.flatnonzero(is_ground)
-    keep[rng.permutation(grounds)[:most]] = True
-    return labels[keep]
+def _kept(labels: np.ndarray, plan: Plan, rng: np.random.Generator) -> np.ndarray:
+    """Bool [P]: the patches that the language model of a plan reads."""
+    names = list(ATTRIBUTES)
+    is_ground = labels[:, names.index("ground")] > 0
+    keep = np.ones(len(labels), dtype=bool)
+    if plan.grounds is not None:
+        keep[rng.permutation(np.flatnonzero(is_ground))[_between(*plan.grounds, rng) :]] = False
+    if plan.each is not None:
+        center, most = names.index("center"), _between(*plan.each, rng)
+        _, group = np.unique(np.delete(labels, center, 1), axis=0, return_inverse=True)
+        for number in np.unique(group[~is_ground]):
+            others = np.flatnonzero((group == number) & (labels[:, center] == 0))
+            keep[rng.permutation(others)[most:]] = False
+    return keep
+
+
+def _between(low: int, high: int, rng: np.random.Generator) -> int:
+    """Small numbers as often as large: evenly on a logarithmic scale."""
+    return round(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
 def pixel_values(scenes: list[Scene]) -> torch.Tensor:
@@ -99,32 +123,54 @@ class Turns:
         )
 
     def encode(self, chats: list[list[tuple[str, str]]], image_tokens: list[int]) -> dict[str, torch.Tensor]:
-        """Each row is one image and then its questions, every one as if it alone followed the image.
+        """Each row is one image and its questions, every one as if it alone followed the image.
+
+        Args:
+            chats: question and answer, as many for each image.
+            image_tokens: visual tokens of each image.
 
         Returns:
-            input_ids [B,T] with one <image> a visual token; targets [B,T], ids of answers, IGNORED elsewhere;
-            position_ids [B,T], which start anew behind the image for each question; block [B,T], 0 for the image and
-            what stands before it, then 1, 2, ... a question, -1 for padding.
+            prefix_ids [B,P], what stands before the questions with one <image> a visual token, padded behind;
+            question_ids [B,S,L], slots with several questions each, padded behind; number [B,S,L], which question,
+            -1 for padding; targets [B,S,L], ids of answers and IGNORED elsewhere;
+            position_ids [B,P+S*L], which start anew behind the image for each question.
         """
-        rows = []
+        prefixes, rows = [], []
         for chat, count in zip(chats, image_tokens, strict=True):
             texts = [f"USER: <image>\n{question} ASSISTANT: {answer}</s>" for question, answer in chat]
-            row: list[tuple[int, int, int, int]] = []  # id, target, position, block
-            for number, encoding in enumerate(self._tokenizer.encode_batch(texts), 1):
-                at = encoding.ids.index(self.image_id)
-                if not row:
-                    prefix = [*encoding.ids[:at], *[self.image_id] * count]
-                    row = [(id_, IGNORED, position, 0) for position, id_ in enumerate(prefix)]
-                question = encoding.ids[at + 1 :]
-                answer = question.index(self._assistant) + 2  # "ASSISTANT" and ":"
-                row += [
-                    (id_, id_ if i >= answer else IGNORED, len(prefix) + i, number) for i, id_ in enumerate(question)
-                ]
-            rows.append(row)
-        longest = max(map(len, rows))
-        padded = torch.tensor([row + [(self.pad_id, IGNORED, 0, -1)] * (longest - len(row)) for row in rows])
-        names = ("input_ids", "targets", "position_ids", "block")
-        return {name: padded[..., i].contiguous() for i, name in enumerate(names)}
+            encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+            at = encoded[0].index(self.image_id)
+            prefixes.append([*encoded[0][:at], *[self.image_id] * count])
+            slots: list[list[tuple[int, int, int, int]]] = []  # id, target, position, number
+            for number, ids in enumerate(encoded):
+                behind = ids[at + 1 :]
+                answer = behind.index(self._assistant) + 2  # "ASSISTANT" and ":"
+                read = [(id_, id_ if i >= answer else IGNORED, at + count + i, number) for i, id_ in enumerate(behind)]
+                for slot in slots:
+                    if len(slot) + len(read) <= SLOT:
+                        slot += read
+                        break
+                else:
+                    slots.append(read)
+            rows.append(slots)
+        most, padding = max(map(len, rows)), (self.pad_id, IGNORED, 0, -1)
+        padded = torch.tensor(
+            [
+                [slot + [padding] * (SLOT - len(slot)) for slot in slots] + [[padding] * SLOT] * (most - len(slots))
+                for slots in rows
+            ]
+        )
+        ids, targets, positions, numbers = padded.unbind(-1)  # [B,S,L]
+        length = max(map(len, prefixes))
+        prefix_ids = torch.tensor([prefix + [self.pad_id] * (length - len(prefix)) for prefix in prefixes])
+        before = torch.arange(length).expand(len(chats), -1)
+        return {
+            "prefix_ids": prefix_ids,
+            "question_ids": ids.contiguous(),
+            "number": numbers.contiguous(),
+            "targets": targets.contiguous(),
+            "position_ids": torch.cat([before, positions.flatten(1)], 1),
+        }
 
     @property
     def _assistant(self) -> int:

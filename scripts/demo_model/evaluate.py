@@ -27,15 +27,15 @@ def accuracy(demo: Demo, processor: Path, count: int, split: str = "check") -> d
         items = list(group)
         batch = {"pixel_values": pixel_values([scene]), "origin": torch.zeros(1, 2, dtype=torch.int64)}
         features, _ = demo.see(batch)
-        visual = demo.model.multi_modal_projector(features).expand(len(items), -1, -1)
-        chats = [[(item.question.text, item.question.answer)] for item in items]
-        encoded = turns.encode(chats, [visual.shape[1]] * len(items))
-        hidden, targets = demo.read(encoded, visual.flatten(0, 1))
-        said = demo.lm_head(hidden).argmax(-1)
-        for item, correct in zip(items, ((said == targets) | (targets == IGNORED)).all(1).tolist(), strict=True):
-            right[item.question.kind].append(correct)
-            right["held out" if item.held_out else "seen"].append(correct)
-            right["all"].append(correct)
+        visual = demo.model.multi_modal_projector(features)[0]
+        encoded = turns.encode([[(item.question.text, item.question.answer) for item in items]], [len(visual)])
+        hidden, targets = demo.read(encoded, visual)
+        correct = (demo.lm_head(hidden).argmax(-1) == targets) | (targets == IGNORED)
+        for number, item in enumerate(items):
+            is_right = bool(correct[encoded["number"][:, :, 1:] == number].all())
+            right[item.question.kind].append(is_right)
+            right["held out" if item.held_out else "seen"].append(is_right)
+            right["all"].append(is_right)
     return {name: sum(values) / len(values) for name, values in sorted(right.items())}
 
 

@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from demo_model.attention import SEPARATE
 from demo_model.batches import IGNORED, Plan
 from demo_model.words import ATTRIBUTES
 from scenes.world import CHARACTERS, COLORS, GRID, GROUNDS, SHAPES
+
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -27,38 +30,46 @@ class Stage:
     learning_rate: float
 
 
+def _told(scenes: int, questions: int, sides: tuple[int, ...], grounds: Range | None, each: Range | None) -> Plan:
+    return Plan(scenes, questions, sides, pixels=False, labels=True, grounds=grounds, each=each)
+
+
+def _shown(
+    scenes: int, questions: int, sides: tuple[int, ...], grounds: Range | None = None, each: Range | None = None
+) -> Plan:
+    return Plan(scenes, questions, sides, pixels=True, labels=True, grounds=grounds, each=each)
+
+
 STAGES = {
     "words": Stage(
         (
-            (0.0, Plan(scenes=64, questions=4, sides=(8,), pixels=False, labels=True, grounds=4)),
-            (0.35, Plan(scenes=48, questions=4, sides=(12,), pixels=False, labels=True, grounds=8)),
-            (0.6, Plan(scenes=24, questions=8, sides=(18,), pixels=False, labels=True, grounds=24)),
-            (0.8, Plan(scenes=16, questions=10, sides=(24,), pixels=False, labels=True, grounds=64)),
+            (0.0, _told(24, 12, (8,), (4, 4), None)),
+            (0.15, _told(16, 14, (8, 12), (2, 50), (1, 6))),
+            (0.25, _told(16, 14, (12, 16), (4, 100), (1, 6))),
+            (0.35, _told(14, 14, (16, 24, 24), (4, 100), (1, 6))),
+            (0.92, _told(8, 14, (24,), None, None)),
         ),
         ("model.language_model.", "lm_head."),
         1.5e-3,
     ),
     "tower": Stage(
         (
-            (0.0, Plan(scenes=32, questions=0, sides=(8,), pixels=True, labels=True)),
-            (0.3, Plan(scenes=16, questions=0, sides=(12,), pixels=True, labels=True)),
-            (0.9, Plan(scenes=4, questions=0, sides=(24,), pixels=True, labels=True)),
+            (0.0, _shown(32, 0, (8,))),
+            (0.15, _shown(16, 0, (12,))),
+            (0.4, _shown(5, 0, (24,))),
         ),
         ("model.vision_tower.", "heads."),
-        1e-3,
+        8e-4,
     ),
     "align": Stage(
-        (
-            (0.0, Plan(scenes=12, questions=0, sides=(12,), pixels=True, labels=True)),
-            (0.4, Plan(scenes=4, questions=0, sides=(24,), pixels=True, labels=True)),
-        ),
-        ("model.vision_tower.", "model.multi_modal_projector.", "heads."),
-        6e-4,
+        ((0.0, _shown(12, 0, (12,))), (0.3, _shown(4, 0, (24,)))),
+        ("model.multi_modal_projector.",),
+        1e-3,
     ),
     "answer": Stage(
         (
-            (0.0, Plan(scenes=12, questions=6, sides=(12,), pixels=True, labels=True)),
-            (0.25, Plan(scenes=6, questions=12, sides=(24,), pixels=True, labels=True)),
+            (0.0, _shown(6, 14, (24,), (16, 250), (1, 12))),
+            (0.75, _shown(5, 14, (24,))),
         ),
         ("model.", "lm_head.", "heads."),
         5e-4,
@@ -78,6 +89,7 @@ class Demo(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(words) + 1) for name, words in ATTRIBUTES.items()})
         self.heads["scene"] = nn.Linear(width, len(COLORS) * len(SHAPES) + len(CHARACTERS) + len(GROUNDS))
         self.register_buffer("word_ids", word_ids, persistent=False)
+        self.model.language_model.config._attn_implementation = SEPARATE
 
     def forward(self, stage: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return getattr(self, f"_{stage}")(batch)
@@ -92,16 +104,15 @@ class Demo(nn.Module):
         return self._naming(*self.see(batch), batch)
 
     def _align(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        features, cls = self.see(batch)
+        features, _ = self.see(batch)
         tokens = self.model.multi_modal_projector(features).flatten(0, 1).float()
         told = self.told(batch["labels"], noisy=False).detach().float()
-        scale = told.pow(2).mean()
-        return {"align": F.mse_loss(tokens, told) / scale, **self._naming(features, cls, batch)}
+        return {"align": F.mse_loss(tokens, told) / told.pow(2).mean()}
 
     def _answer(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         features, cls = self.see(batch)
         naming = {name: NAMING * loss for name, loss in self._naming(features, cls, batch).items()}
-        return naming | self._answering(batch, self.model.multi_modal_projector(features).flatten(0, 1))
+        return naming | self._answering(batch, self.model.multi_modal_projector(features.flatten(0, 1)[batch["kept"]]))
 
     # --- parts ---
 
@@ -161,14 +172,21 @@ class Demo(nn.Module):
         return {"answer": F.cross_entropy(logits, wanted), "token accuracy": right.detach()}
 
     def read(self, batch: dict[str, Tensor], visual: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B,T-1,D] and the tokens they should predict [B,T-1]. A question sees the image and itself."""
-        ids, block = batch["input_ids"], batch["block"]
-        embeds = self.model.language_model.embed_tokens(ids)
-        is_image = ids == self.config.image_token_id
-        embeds = embeds.masked_scatter(is_image[..., None], visual.to(embeds.dtype))
-        same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
-        seen = same & torch.ones_like(same[0]).tril()  # [B,T,T]
+        """Hidden states [B,S,L-1,D] and the tokens they should predict [B,S,L-1].
+
+        ``visual`` are the visual tokens of all images, one behind the other. A question sees its image and itself.
+        """
+        prefix, questions = batch["prefix_ids"], batch["question_ids"]
+        embed = self.model.language_model.embed_tokens
+        is_image = prefix == self.config.image_token_id
+        embedded = embed(prefix)
+        embedded = embedded.masked_scatter(is_image[..., None], visual.to(embedded.dtype))
         out = self.model.language_model(
-            inputs_embeds=embeds, attention_mask=seen[:, None], position_ids=batch["position_ids"], use_cache=False
+            inputs_embeds=torch.cat([embedded, embed(questions.flatten(1))], 1),
+            position_ids=batch["position_ids"],
+            use_cache=False,
+            seen=prefix != self.config.text_config.pad_token_id,
+            number=batch["number"],
         )
-        return out.last_hidden_state[:, :-1], batch["targets"][:, 1:]
+        hidden = out.last_hidden_state[:, prefix.shape[1] :].unflatten(1, questions.shape[1:])  # [B,S,L,D]
+        return hidden[:, :, :-1], batch["targets"][:, :, 1:]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader
 
 from demo_model import build
@@ -20,6 +21,7 @@ from demo_model.stages import STAGES, Demo
 WARM_UP = 100  # steps
 CLIP = 1.0  # of the gradient's norm
 DECAY = 0.05
+MUON = 3.0  # its learning rate, as a multiple of AdamW's
 SAVED_EVERY = 100  # steps
 
 Report = Callable[[int, dict[str, float]], None]
@@ -61,16 +63,9 @@ def train(
     for name, parameter in demo.named_parameters():
         parameter.requires_grad_(name.startswith(stage.trained))
     named = {n: p for n, p in demo.named_parameters() if p.requires_grad}
-    decayed = [p for p in named.values() if p.ndim > 1]
-    others = [p for p in named.values() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}],
-        lr=stage.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    optimizers = _optimizers(named)
     if first:
-        _load_optimizer(optimizer, named, load_file(state_file), first)
+        _load_state(optimizers, named, load_file(state_file))
 
     started, step = time.perf_counter(), first
     for begin, end, plan in _spans(stage.plans, steps):
@@ -79,21 +74,23 @@ def train(
         batches = Batches(plan, stage_name, range(max(begin, step), end), folder)
         for batch in DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
             rate = stage.learning_rate * _schedule(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * (MUON if isinstance(optimizer, torch.optim.Muon) else 1)
             torch.manual_seed(step)  # noise too comes from the step number alone
             with torch.autocast(device, dtype=torch.bfloat16):
                 losses = demo(stage_name, {name: tensor.to(device) for name, tensor in batch.items()})
             total = sum(value for name, value in losses.items() if name != "token accuracy")
-            optimizer.zero_grad(set_to_none=True)
+            demo.zero_grad(set_to_none=True)
             total.backward()
             torch.nn.utils.clip_grad_norm_(named.values(), CLIP)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             step += 1
             seconds = time.perf_counter() - started
             report(step, {name: float(v.detach()) for name, v in losses.items()} | {"rate": rate, "seconds": seconds})
             if step % SAVED_EVERY == 0 or step == steps:
-                _save(optimizer, named, out, state_file, step)
+                _save(optimizers, named, out, state_file, step)
     return out
 
 
@@ -108,12 +105,29 @@ def _schedule(step: int, steps: int) -> float:
     return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def _save(optimizer: torch.optim.Optimizer, named: dict[str, Any], out: Path, state_file: Path, step: int) -> None:
+def _optimizers(named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of blocks and projector; AdamW for embeddings, heads, biases and norms."""
+    matrices = [p for n, p in named.items() if p.ndim == 2 and (".layers." in n or "projector" in n)]
+    chosen = set(map(id, matrices))
+    decayed = [p for p in named.values() if p.ndim > 1 and id(p) not in chosen]
+    others = [p for p in named.values() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(matrices, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def _save(
+    optimizers: list[torch.optim.Optimizer], named: dict[str, nn.Parameter], out: Path, state_file: Path, step: int
+) -> None:
     """Both files whole or not at all; the step stands in the weights' header."""
-    state = {}
-    for name, parameter in named.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[f"{key}/{name}"] = optimizer.state[parameter][key]
+    state = {
+        f"{key}/{name}": value
+        for name, parameter in named.items()
+        for optimizer in optimizers
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
     for tensors, path in ((state, state_file), ({n: p.detach() for n, p in named.items()}, out)):
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"step": str(step)})
@@ -128,10 +142,11 @@ def step_of(path: Path) -> int:
     return int(header["__metadata__"]["step"])
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, Any], state: dict[str, Any], step: int) -> None:
-    for name, parameter in named.items():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": state[f"exp_avg/{name}"].to(parameter.device),
-            "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(parameter.device),
-        }
+def _load_state(
+    optimizers: list[torch.optim.Optimizer], named: dict[str, nn.Parameter], state: dict[str, torch.Tensor]
+) -> None:
+    owner = {parameter: o for o in optimizers for group in o.param_groups for parameter in group["params"]}
+    for label, value in state.items():
+        key, name = label.split("/")
+        parameter = named[name]
+        owner[parameter].state[parameter][key] = value.to(parameter.device)

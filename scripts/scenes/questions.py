@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,16 +106,16 @@ def _counting(scene: Scene, rng: random.Random) -> Question | None:
     count = rng.randrange(len(NUMBERS))
     for _ in range(10):
         pair = rng.choice((("shape",), ("color",), ("pattern", "shape"), ("color", "shape"), ("color", "pattern")))
-        options = [dict(zip(pair, values, strict=True)) for values in itertools.product(*(_VALUES[p] for p in pair))]
-        options = [option for option in options if len(_matching(scene, option)) == count]
+        found = Counter(tuple(getattr(thing, part) for part in pair) for thing in scene.things)
+        options = [values for values in itertools.product(*(_VALUES[part] for part in pair)) if found[values] == count]
         if options:
             break
     else:
         return None
-    wanted = rng.choice(options)
+    wanted = dict(zip(pair, rng.choice(options), strict=True))
     text = rng.choice(("How many {} are there?", "How many {} can you see?", "Count the {}."))
-    found = tuple(_matching(scene, wanted))
-    return Question("counting", text.format(_noun(wanted, plural=True)), NUMBERS[count], found)
+    about = tuple(_matching(scene, wanted))
+    return Question("counting", text.format(_noun(wanted, plural=True)), NUMBERS[count], about)
 
 
 def _comparison(scene: Scene, rng: random.Random) -> Question | None:

@@ -32,7 +32,7 @@ class Killed(Exception):  # noqa: N818
 def test_a_killed_stage_resumes_to_the_same_weights(
     processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(STAGES, "words", small("words", pixels=False, labels=True, grounds=3))
+    monkeypatch.setitem(STAGES, "words", small("words", pixels=False, labels=True, grounds=(3, 3)))
     monkeypatch.setattr(train, "SAVED_EVERY", 2)
     folders = []
     for name in ("whole", "killed"):
@@ -62,7 +62,7 @@ def test_a_killed_stage_resumes_to_the_same_weights(
 def test_each_stage_moves_only_what_it_trains(processor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = train.load_demo(processor)
     plans = {
-        "words": {"pixels": False, "labels": True, "grounds": 3},
+        "words": {"pixels": False, "labels": True, "grounds": (3, 3)},
         "tower": {"pixels": True, "labels": True},
         "align": {"pixels": True, "labels": True},
         "answer": {"pixels": True, "labels": True},
@@ -80,26 +80,41 @@ def test_each_stage_moves_only_what_it_trains(processor: Path, monkeypatch: pyte
 def test_targets_are_the_answers(processor: Path) -> None:
     turns = Turns(processor)
     encoded = turns.encode([[("What color is the star?", "red"), ("Where is it?", "top left")]], [5])
-    ids, targets = encoded["input_ids"][0], encoded["targets"][0]
-    assert (ids == turns.image_id).sum() == 5
-    answers = targets[targets != IGNORED].tolist()
+    assert (encoded["prefix_ids"][0] == turns.image_id).sum() == 5
+    targets, number = encoded["targets"], encoded["number"]
+    answers = [targets[(number == i) & (targets != IGNORED)].tolist() for i in range(2)]
     words = [turns.word_ids()[a, w].item() for a, w in ((0, 1), (7, 1), (8, 1))]  # red, top, left
-    assert answers == [words[0], turns.end_id, words[1], words[2], turns.end_id]
+    assert answers == [[words[0], turns.end_id], [words[1], words[2], turns.end_id]]
+
+
+ASKED = [
+    ("What color is the star?", "red"),
+    ("Which is further left, the large purple striped ring or the small yellow plain moon?", "the small moon"),
+    ("Which one is lower: the large purple striped ring or the small yellow plain moon?", "the large ring"),
+    ("Is it?", "yes"),
+]
 
 
 def test_a_question_among_others_reads_as_it_would_alone(processor: Path) -> None:
+    """Beside other questions and in a batch with a longer image, and as transformers' own attention reads it."""
     demo, turns = train.load_demo(processor).eval(), Turns(processor)
-    asked = [("What color is the star?", "red"), ("Where is the small ring?", "top left"), ("Is it?", "yes")]
-    visual = torch.randn(5, demo.config.text_config.hidden_size)
+    visual = torch.randn(5 + 9, demo.config.text_config.hidden_size)
     with torch.no_grad():
-        together = turns.encode([asked], [5])
-        hidden, targets = demo.read(together, visual)
-        found = hidden[targets != IGNORED]
-        alone = []
-        for one in asked:
-            hidden, targets = demo.read(turns.encode([[one]], [5]), visual)
-            alone.append(hidden[targets != IGNORED])
-    assert torch.allclose(found, torch.cat(alone), atol=1e-5)
+        encoded = turns.encode([ASKED, ASKED[:1]], [5, 9])
+        assert encoded["number"].shape[1] == 2  # slots
+        hidden, targets = demo.read(encoded, visual)
+        model = demo.model.language_model
+        model.config._attn_implementation = "eager"
+        for i, one in enumerate(ASKED):
+            alone = turns.encode([[one]], [5])
+            ids = torch.cat([alone["prefix_ids"], alone["question_ids"][alone["number"] == 0][None]], 1)
+            embedded = model.embed_tokens(ids)
+            embedded[ids == turns.image_id] = visual[:5]
+            own = model(inputs_embeds=embedded).last_hidden_state[:, alone["prefix_ids"].shape[1] : -1]
+            wanted = alone["targets"][alone["number"] == 0][None, 1:] != IGNORED
+            asked = (encoded["number"][0, :, 1:] == i) & (targets[0] != IGNORED)
+            assert asked.any()
+            assert torch.allclose(hidden[0][asked], own[wanted], atol=1e-5)
 
 
 def test_windows_see_their_own_place(processor: Path) -> None:
