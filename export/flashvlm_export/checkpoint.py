@@ -19,6 +19,8 @@ ALIASES = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
 }
+# Part of this package: 6 M parameters that answer questions about drawn scenes (demo/README.md).
+SHIPPED = {"demo": Path(__file__).with_name("demo")}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -64,7 +66,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Finds a checkpoint and indexes its tensors.
 
     Args:
-        model: an alias such as ``llava-1.5-7b``, a Hub id such as ``llava-hf/llava-1.5-7b-hf``, or a folder.
+        model: a short name such as ``demo`` or ``llava-1.5-7b``, a Hub id such as ``llava-hf/llava-1.5-7b-hf``, or a
+            folder.
         revision: branch, tag or commit on the Hub; None for its default branch.
 
     Raises:
@@ -108,9 +111,13 @@ def _locate(model: str, revision: str | None, files: list[str] = HUB_FILES) -> P
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder")
         return folder
+    if model in SHIPPED:
+        if revision is not None:
+            raise CheckpointError(f"--revision {revision} is for models on the Hub; {model} comes with this package")
+        return SHIPPED[model]
     repo = ALIASES.get(model, model)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")) or repo.endswith("/"):
-        known = ", ".join(ALIASES)
+        known = ", ".join((*SHIPPED, *ALIASES))
         raise CheckpointError(
             f"unknown model {model!r}: expected a folder, a Hub id such as owner/name, or one of {known}"
         )

@@ -55,7 +55,7 @@ def _flag(text: str, *names: str) -> Any:
 
 @app.command()
 def export(
-    model: Annotated[str, _flag("llava-1.5-7b, llava-1.5-13b, a Hub id, or a checkpoint folder.", "--model")],
+    model: Annotated[str, _flag("demo, llava-1.5-7b, llava-1.5-13b, a Hub id, or a checkpoint folder.", "--model")],
     out: Annotated[Path | None, _flag("Bundle folder to write.", "--out")] = None,
     budget: Annotated[str, _flag("Visual tokens to keep: 64, a list 64,128, or all.", "--budget")] = "64",
     method: Annotated[str, _flag("Selection method.", "--method")] = "flashvlm",

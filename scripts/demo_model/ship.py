@@ -49,5 +49,6 @@ def ship(demo: Demo, folder: Path, card: str) -> int:
     }
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes files that only their owner reads
     (folder / "README.md").write_text(card, encoding="utf-8")
     return weights.stat().st_size

@@ -3,7 +3,7 @@
 words   language model alone, on scenes told in words: each patch is the sum of its words' embeddings
 tower   vision tower alone: patches name what they show, CLS names what the scene holds
 align   projector: image tokens become the sums of words that the language model knows
-answer  everything, on questions about pixels; the tower goes on naming what it sees
+answer  projector and language model, on questions about pixels; as in LLaVA-1.5 the tower stays as it is
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ def _told(scenes: int, questions: int, sides: tuple[int, ...], grounds: Range | 
     return Plan(scenes, questions, sides, pixels=False, labels=True, grounds=grounds, each=each)
 
 
-def _shown(
-    scenes: int, questions: int, sides: tuple[int, ...], grounds: Range | None = None, each: Range | None = None
-) -> Plan:
-    return Plan(scenes, questions, sides, pixels=True, labels=True, grounds=grounds, each=each)
+def _shown(scenes: int, questions: int, sides: tuple[int, ...]) -> Plan:
+    return Plan(scenes, questions, sides, pixels=True, labels=True)
 
 
 STAGES = {
@@ -67,15 +65,11 @@ STAGES = {
         1e-3,
     ),
     "answer": Stage(
-        (
-            (0.0, _shown(6, 14, (24,), (16, 250), (1, 12))),
-            (0.75, _shown(5, 14, (24,))),
-        ),
-        ("model.", "lm_head.", "heads."),
-        5e-4,
+        ((0.0, _shown(6, 14, (24,))),),
+        ("model.multi_modal_projector.", "model.language_model.", "lm_head."),
+        8e-4,
     ),
 }
-NAMING = 0.1  # weight of the tower's own losses beside the answers
 
 
 class Demo(nn.Module):
@@ -110,9 +104,8 @@ class Demo(nn.Module):
         return {"align": F.mse_loss(tokens, told) / told.pow(2).mean()}
 
     def _answer(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        features, cls = self.see(batch)
-        naming = {name: NAMING * loss for name, loss in self._naming(features, cls, batch).items()}
-        return naming | self._answering(batch, self.model.multi_modal_projector(features.flatten(0, 1)[batch["kept"]]))
+        features, _ = self.see(batch)
+        return self._answering(batch, self.model.multi_modal_projector(features.flatten(0, 1)[batch["kept"]]))
 
     # --- parts ---
 

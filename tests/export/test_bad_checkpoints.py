@@ -248,7 +248,7 @@ def test_the_same_parameter_under_two_names(tiny_checkpoint: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["nonsense", "a/b/c", "./nowhere", "~/nowhere/at-all"])
 def test_unknown_name(name: str, tmp_path: Path) -> None:
-    refused(name, tmp_path, f"unknown model {name!r}", "llava-1.5-7b, llava-1.5-13b")
+    refused(name, tmp_path, f"unknown model {name!r}", "one of demo, llava-1.5-7b, llava-1.5-13b")
 
 
 def test_no_hub_id(tmp_path: Path) -> None:
@@ -258,6 +258,11 @@ def test_no_hub_id(tmp_path: Path) -> None:
 def test_revision_of_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ran = run(main, "--model", tiny_checkpoint, "--revision", "main", "--out", tmp_path / "out")
     assert_refused(ran, "--revision main is for models on the Hub")
+
+
+def test_revision_of_the_shipped_model(tmp_path: Path) -> None:
+    ran = run(main, "--model", "demo", "--revision", "main", "--out", tmp_path / "out")
+    assert_refused(ran, "--revision main is for models on the Hub; demo comes with this package")
 
 
 @pytest.fixture

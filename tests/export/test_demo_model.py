@@ -1,0 +1,90 @@
+"""``--model demo``: the weights that are shipped answer as their card says, and as transformers makes them answer."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+
+from PIL import Image  # noqa: E402
+
+from flashvlm import Pipeline  # noqa: E402
+from flashvlm.bundle import Bundle  # noqa: E402
+from flashvlm_export.checkpoint import SHIPPED, open_checkpoint  # noqa: E402
+from flashvlm_export.exporter import ExportOptions, export  # noqa: E402
+from quality.harness import Exam, asked_patches  # noqa: E402
+from quality.variants import EVERYTHING, METHODS  # noqa: E402
+from scenes.draw import draw  # noqa: E402
+from scenes.exam import Item, exam  # noqa: E402
+
+SAMPLE = 203  # questions: 29 scenes with one of each kind
+MAX_BYTES = 12_000_000
+
+
+@pytest.fixture(scope="module")
+def bundle(once) -> Path:
+    return once("demo", lambda out: export(ExportOptions(model="demo", out=out, budgets=(64,), dtype="float32")))
+
+
+def stated_accuracy() -> float:
+    """Of all test questions, as the model card says."""
+    card = (SHIPPED["demo"] / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^\| all \| ([\d.]+)% \|$", card, re.MULTILINE)
+    assert found
+    return float(found[1]) / 100
+
+
+def test_accuracy_is_what_the_card_states(bundle: Path) -> None:
+    """A sample of the test split, through the exported graphs, within its binomial 95 % interval."""
+    given = Exam(Bundle(bundle), exam(SAMPLE)).sit(EVERYTHING, None)
+    right = sum(answer.right for answer in given) / SAMPLE
+    stated = stated_accuracy()
+    assert abs(right - stated) <= 1.96 * math.sqrt(stated * (1 - stated) / SAMPLE), right
+
+
+def test_budget_64_keeps_what_is_asked_for(bundle: Path) -> None:
+    """Far more of the asked-for things' patches than the ninth that chance keeps."""
+    (flashvlm,) = (variant for variant in METHODS if variant.name == "flashvlm")
+    folder = Bundle(bundle)
+    items = exam(70)
+    given = Exam(folder, items).sit(flashvlm, folder.file(folder.graph("select-k64").file))
+    shares = [answer.kept for answer in given if answer.kept is not None]
+    assert np.mean(shares) > 3 * 64 / 576
+    assert asked_patches(items[0].scene, items[0].question.about, 24).any()
+
+
+def test_answers_with_all_tokens_are_those_of_transformers(bundle: Path) -> None:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    folder = SHIPPED["demo"]
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    pipeline = Pipeline.from_bundle(bundle)
+    for scene, group in groupby(exam(42), key=lambda item: item.scene):
+        image = Image.fromarray(draw(scene))
+        for item in group:
+            assert str(pipeline.generate(image, item.question.text, budget="all")) == own(model, processor, image, item)
+
+
+def own(model, processor, image: Image.Image, item: Item) -> str:  # type: ignore[no-untyped-def]
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question.text}]}
+    prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+    return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_the_package_stays_small() -> None:
+    files = {path.name: path.stat().st_size for path in SHIPPED["demo"].iterdir()}
+    assert files["model.safetensors"] <= MAX_BYTES
+    assert sum(files.values()) <= MAX_BYTES + 200_000
+    checkpoint = open_checkpoint("demo")
+    assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"float16"}
