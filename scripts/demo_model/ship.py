@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import checkpoints
 from demo_model import build
-from demo_model.stages import Demo
+from demo_model.stages import STAGES, Demo
 
 DTYPE = "float16"
 
@@ -34,6 +34,17 @@ def model_card(
         constant=constant[0],
         constant_share=f"{constant[1]:.1%}",
     )
+
+
+def unpack(folder: Path, out: Path) -> None:
+    """What each stage trained of a shipped checkpoint, in float32 as ``STAGE.safetensors``."""
+    from transformers import LlavaForConditionalGeneration
+
+    state = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, stage in STAGES.items():
+        trained = {key: tensor.contiguous() for key, tensor in state.items() if key.startswith(stage.trained)}
+        save_file(trained, out / f"{name}.safetensors", metadata={"step": "0"})
 
 
 def ship(demo: Demo, folder: Path, card: str) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo_model import build, train
+from demo_model import build, ship, train
 from demo_model.batches import IGNORED, Batches, Plan, Turns
 from demo_model.stages import STAGES, Demo, Stage
 
@@ -75,6 +75,19 @@ def test_each_stage_moves_only_what_it_trains(processor: Path, monkeypatch: pyte
         moved = {n for n, p in demo.named_parameters() if p.grad is not None and p.grad.any()}
         assert any(n.startswith(prefix) for n in moved for prefix in STAGES[name].trained)
         assert all(any(n.startswith(prefix) for n in moved) for prefix in STAGES[name].trained)
+
+
+def test_a_shipped_model_can_be_trained_on(processor: Path, tmp_path: Path) -> None:
+    demo = train.load_demo(processor)
+    with torch.no_grad():
+        for parameter in demo.parameters():
+            parameter.add_(0.01)
+    ship.round_weights(demo)
+    ship.ship(demo, tmp_path, "card")
+    ship.unpack(tmp_path, tmp_path / "start")
+    again = train.load_demo(processor, *(tmp_path / "start" / f"{stage}.safetensors" for stage in STAGES))
+    for (name, a), b in zip(demo.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b) or name.startswith("heads."), name
 
 
 def test_targets_are_the_answers(processor: Path) -> None:
