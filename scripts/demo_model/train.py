@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 from demo_model import build
 from demo_model.batches import Batches, Turns
-from demo_model.stages import STAGES, Demo
+from demo_model.stages import STAGES, Demo, Stage
 
 WARM_UP = 100  # steps
 CLIP = 1.0  # of the gradient's norm
@@ -47,15 +50,64 @@ def train(
     threads: int,
     workers: int,
     device: str = "cpu",
+    processes: int = 1,
 ) -> Path:
     """Runs a stage, from its checkpoint if there is one, and returns the file with its weights.
 
     Args:
         folder: holds the processor; the checkpoint ``STAGE.safetensors`` is kept here, every 100 steps.
         start: weights of the stages before.
+        threads, workers: of each process; workers draw scenes beside it.
+        processes: each takes its share of a batch. Faster than as many threads: these models' matrices are small.
     """
-    torch.set_num_threads(threads)
     stage = STAGES[stage_name]
+    if processes == 1:
+        return _train(stage, stage_name, steps, folder, start, report, threads, workers, device)
+    share = replace(stage, plans=tuple((f, replace(p, scenes=-(-p.scenes // processes))) for f, p in stage.plans))
+    meeting = folder / f".{stage_name}.{os.getpid()}"
+    rest = (share, stage_name, steps, folder, start)
+    others = [
+        multiprocessing.get_context("spawn").Process(
+            target=_other, args=(meeting, rank, processes, *rest, threads, workers, device), daemon=True
+        )
+        for rank in range(1, processes)
+    ]
+    for other in others:
+        other.start()
+    try:
+        _meet(meeting, 0, processes)
+        return _train(*rest, report, threads, workers, device)
+    finally:
+        distributed.destroy_process_group()
+        for other in others:
+            other.join()
+        meeting.unlink(missing_ok=True)
+
+
+def _meet(meeting: Path, rank: int, processes: int) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{meeting.resolve()}", rank=rank, world_size=processes)
+
+
+def _other(meeting: Path, rank: int, processes: int, *rest: Any) -> None:
+    """A process that computes and does not report."""
+    _meet(meeting, rank, processes)
+    *stage, threads, workers, device = rest
+    _train(*stage, lambda step, losses: None, threads, workers, device)
+
+
+def _train(
+    stage: Stage,
+    stage_name: str,
+    steps: int,
+    folder: Path,
+    start: tuple[Path, ...],
+    report: Report,
+    threads: int,
+    workers: int,
+    device: str,
+) -> Path:
+    torch.set_num_threads(threads)
+    rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     out, state_file = folder / f"{stage_name}.safetensors", folder / f"{stage_name}.optimizer.safetensors"
     first = step_of(out)
     demo = load_demo(folder, *start, *([out] if first else [])).to(device)
@@ -71,25 +123,28 @@ def train(
     for begin, end, plan in _spans(stage.plans, steps):
         if end <= step:
             continue
-        batches = Batches(plan, stage_name, range(max(begin, step), end), folder)
+        label = f"{stage_name}/{rank}" if rank else stage_name  # every process draws its own scenes
+        batches = Batches(plan, label, range(max(begin, step), end), folder)
         for batch in DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
             rate = stage.learning_rate * _schedule(step, steps)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * (MUON if isinstance(optimizer, torch.optim.Muon) else 1)
-            torch.manual_seed(step)  # noise too comes from the step number alone
+            torch.manual_seed(step * processes + rank)  # noise too comes from the step number alone
             with torch.autocast(device, dtype=torch.bfloat16):
                 losses = demo(stage_name, {name: tensor.to(device) for name, tensor in batch.items()})
             total = sum(value for name, value in losses.items() if name != "token accuracy")
             demo.zero_grad(set_to_none=True)
             total.backward()
+            if processes > 1:
+                _average(named, processes)
             torch.nn.utils.clip_grad_norm_(named.values(), CLIP)
             for optimizer in optimizers:
                 optimizer.step()
             step += 1
             seconds = time.perf_counter() - started
             report(step, {name: float(v.detach()) for name, v in losses.items()} | {"rate": rate, "seconds": seconds})
-            if step % SAVED_EVERY == 0 or step == steps:
+            if rank == 0 and (step % SAVED_EVERY == 0 or step == steps):
                 _save(optimizers, named, out, state_file, step)
     return out
 
@@ -116,6 +171,14 @@ def _optimizers(named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
         torch.optim.Muon(matrices, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True),
     ]
+
+
+def _average(named: dict[str, nn.Parameter], processes: int) -> None:
+    gradients = [p.grad for p in named.values() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.div_(processes).split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def _save(
