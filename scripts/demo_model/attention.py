@@ -26,7 +26,7 @@ def separate_questions(
 ) -> tuple[Tensor, None]:
     """Causal attention within the prefix, and from each question to the prefix and to what it has said itself.
 
-    A mask over all pairs takes twice the products, and the fused kernel's backward on CPUs (torch 2.13) is slow.
+    A mask over all pairs takes nearly twice the products, and the fused kernel's backward on CPUs (torch 2.13) is slow.
 
     Args:
         query, key, value: [B,H,P+S*L,d], the prefix first and then S slots of L tokens, several questions in each.

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from demo_model import build
 from demo_model.batches import Batches, Turns
-from demo_model.stages import STAGES, Demo, Stage
+from demo_model.stages import STAGES, Demo
 
 WARM_UP = 100  # steps
 CLIP = 1.0  # of the gradient's norm
@@ -50,64 +50,19 @@ def train(
     threads: int,
     workers: int,
     device: str = "cpu",
-    processes: int = 1,
 ) -> Path:
     """Runs a stage, from its checkpoint if there is one, and returns the file with its weights.
+
+    In a process group (``train_together``) each process takes its share of a batch, and the first reports and saves.
 
     Args:
         folder: holds the processor; the checkpoint ``STAGE.safetensors`` is kept here, every 100 steps.
         start: weights of the stages before.
         threads, workers: of each process; workers draw scenes beside it.
-        processes: each takes its share of a batch. Faster than as many threads: these models' matrices are small.
     """
-    stage = STAGES[stage_name]
-    if processes == 1:
-        return _train(stage, stage_name, steps, folder, start, report, threads, workers, device)
-    share = replace(stage, plans=tuple((f, replace(p, scenes=-(-p.scenes // processes))) for f, p in stage.plans))
-    meeting = folder / f".{stage_name}.{os.getpid()}"
-    rest = (share, stage_name, steps, folder, start)
-    others = [
-        multiprocessing.get_context("spawn").Process(
-            target=_other, args=(meeting, rank, processes, *rest, threads, workers, device), daemon=True
-        )
-        for rank in range(1, processes)
-    ]
-    for other in others:
-        other.start()
-    try:
-        _meet(meeting, 0, processes)
-        return _train(*rest, report, threads, workers, device)
-    finally:
-        distributed.destroy_process_group()
-        for other in others:
-            other.join()
-        meeting.unlink(missing_ok=True)
-
-
-def _meet(meeting: Path, rank: int, processes: int) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{meeting.resolve()}", rank=rank, world_size=processes)
-
-
-def _other(meeting: Path, rank: int, processes: int, *rest: Any) -> None:
-    """A process that computes and does not report."""
-    _meet(meeting, rank, processes)
-    *stage, threads, workers, device = rest
-    _train(*stage, lambda step, losses: None, threads, workers, device)
-
-
-def _train(
-    stage: Stage,
-    stage_name: str,
-    steps: int,
-    folder: Path,
-    start: tuple[Path, ...],
-    report: Report,
-    threads: int,
-    workers: int,
-    device: str,
-) -> Path:
     torch.set_num_threads(threads)
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    stage = STAGES[stage_name]
     out, state_file = folder / f"{stage_name}.safetensors", folder / f"{stage_name}.optimizer.safetensors"
     first = step_of(out)
     demo = load_demo(folder, *start, *([out] if first else [])).to(device)
@@ -124,7 +79,8 @@ def _train(
         if end <= step:
             continue
         label = f"{stage_name}/{rank}" if rank else stage_name  # every process draws its own scenes
-        batches = Batches(plan, label, range(max(begin, step), end), folder)
+        share = replace(plan, scenes=-(-plan.scenes // processes))
+        batches = Batches(share, label, range(max(begin, step), end), folder)
         for batch in DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
             rate = stage.learning_rate * _schedule(step, steps)
             for optimizer in optimizers:
@@ -147,6 +103,35 @@ def _train(
             if rank == 0 and (step % SAVED_EVERY == 0 or step == steps):
                 _save(optimizers, named, out, state_file, step)
     return out
+
+
+def train_together(processes: int, *arguments: Any) -> Path:
+    """``train(*arguments)`` in several processes: faster than as many threads, for these models' matrices are small."""
+    stage_name, _, folder = arguments[:3]
+    meeting = folder / f".{stage_name}.{os.getpid()}"
+    spawn = multiprocessing.get_context("spawn")
+    silent = tuple(_say_nothing if callable(argument) else argument for argument in arguments)
+    others = [spawn.Process(target=_join, args=(meeting, rank, processes, silent)) for rank in range(1, processes)]
+    for other in others:
+        other.start()
+    try:
+        return _join(meeting, 0, processes, arguments)
+    finally:
+        for other in others:
+            other.join()
+        meeting.unlink(missing_ok=True)
+
+
+def _join(meeting: Path, rank: int, processes: int, arguments: tuple[Any, ...]) -> Path:
+    distributed.init_process_group("gloo", init_method=f"file://{meeting.resolve()}", rank=rank, world_size=processes)
+    try:
+        return train(*arguments)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _say_nothing(step: int, losses: dict[str, float]) -> None:
+    pass
 
 
 def _spans(plans: tuple[tuple[float, Any], ...], steps: int) -> list[tuple[int, int, Any]]:

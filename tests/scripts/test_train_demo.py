@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,19 +63,18 @@ def test_a_killed_stage_resumes_to_the_same_weights(
 def test_two_processes_average_their_gradients(
     processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes with one scene each take the step that their gradients' mean gives."""
-    plan = Plan(2, 2, (6,), pixels=False, labels=True)
-    monkeypatch.setitem(STAGES, "words", Stage(((0.0, plan),), STAGES["words"].trained, 1e-3))
+    """One step of two processes is the step that the mean of their gradients gives."""
     monkeypatch.setattr(train, "WARM_UP", 1)
     for file in processor.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    found = load_file(train.train("words", 1, tmp_path, (), lambda step, losses: None, 1, 0, processes=2))
+    found = load_file(train.train_together(2, "words", 1, tmp_path, (), lambda step, losses: None, 1, 0))
     assert not list(tmp_path.glob(".words.*"))
 
     demo = train.load_demo(processor)
     named = {n: p for n, p in demo.named_parameters() if n.startswith(STAGES["words"].trained)}
     for rank in range(2):
-        half = Plan(1, 2, (6,), pixels=False, labels=True)
+        ((_, _, plan),) = [span for span in train._spans(STAGES["words"].plans, 1) if span[0] < span[1]]
+        half = replace(plan, scenes=plan.scenes // 2)
         batch = Batches(half, f"words/{rank}" if rank else "words", range(1), processor)[0]
         torch.manual_seed(rank)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -82,7 +82,7 @@ def test_two_processes_average_their_gradients(
     torch.nn.utils.clip_grad_norm_(named.values(), train.CLIP)
     for optimizer in train._optimizers(named):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (train.MUON if isinstance(optimizer, torch.optim.Muon) else 1)
+            group["lr"] = STAGES["words"].learning_rate * (train.MUON if isinstance(optimizer, torch.optim.Muon) else 1)
         optimizer.step()
     for name, parameter in named.items():
         assert torch.allclose(parameter, found[name], atol=1e-4), name
