@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
-from demo_model.words import ATTRIBUTES, patch_labels, scene_labels
+from demo_model.words import ATTRIBUTES, patch_labels, scene_labels, thing_labels
 from scenes.draw import draw
-from scenes.questions import ask
-from scenes.world import Scene, sample_scene
+from scenes.questions import Question, ask
+from scenes.world import SHAPES, Scene, sample_scene
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -24,6 +24,7 @@ IGNORED = -100
 SLOT = 64  # tokens: three or four questions with their answers; the longest has 33
 # How often each kind is asked: more of what takes several steps of thought.
 SHARES = {"attribute": 4, "where": 3, "existence": 4, "counting": 5, "comparison": 6, "character": 2, "ground": 0.5}
+NAMING = ("attribute", "where", "comparison", "character")  # kinds whose nouns stand for one thing each
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,31 @@ class Batches(Dataset):
             batch["pixel_values"] = pixel_values(scenes)
         if plan.questions:
             chats = [self._chat(scene, f"{self.name}/{step}/{i}") for i, scene in enumerate(scenes)]
-            batch |= self._turns.encode(chats, counts)
+            before = np.cumsum([0, *(len(scene.things) for scene in scenes)])
+            batch["things"] = torch.from_numpy(np.concatenate([thing_labels(scene) for scene in scenes]))  # [T,7]
+            batch |= self._turns.encode(
+                [[(question.text, question.answer) for question in chat] for chat in chats],
+                counts,
+                [[_named(question, first) for question in chat] for chat, first in zip(chats, before, strict=False)],
+            )
         return batch
 
-    def _chat(self, scene: Scene, seed: str) -> list[tuple[str, str]]:
+    def _chat(self, scene: Scene, seed: str) -> list[Question]:
         rng = random.Random(f"questions/{seed}")
         kinds = rng.choices(list(SHARES), list(SHARES.values()), k=self.plan.questions)
-        asked = [ask(scene, rng, kind) for kind in kinds]
-        return [(question.text, question.answer) for question in asked]
+        return [_ask(scene, rng, kind) for kind in kinds]
+
+
+def _ask(scene: Scene, rng: random.Random, kind: str) -> Question:
+    """A question without a combination that training never shows: its name alone would come to mean "no" or "zero"."""
+    while (question := ask(scene, rng, kind)).names_held_out:
+        pass
+    return question
+
+
+def _named(question: Question, first: int) -> list[int]:
+    """The things that a question names, in its order, counted from ``first``."""
+    return [first + i for i in question.about] if question.kind in NAMING else []
 
 
 def _kept(labels: np.ndarray, plan: Plan, rng: np.random.Generator) -> np.ndarray:
@@ -121,31 +139,46 @@ class Turns:
         (self.image_id, self.pad_id, self.end_id) = (
             self._tokenizer.token_to_id(token) for token in ("<image>", "<pad>", "</s>")
         )
+        self._nouns = {self._tokenizer.token_to_id(f"▁{noun}") for noun in (*SHAPES, "thing")}
 
-    def encode(self, chats: list[list[tuple[str, str]]], image_tokens: list[int]) -> dict[str, torch.Tensor]:
+    def encode(
+        self, chats: list[list[tuple[str, str]]], image_tokens: list[int], named: list[list[list[int]]] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Each row is one image and its questions, every one as if it alone followed the image.
 
         Args:
             chats: question and answer, as many for each image.
             image_tokens: visual tokens of each image.
+            named: of each question, which thing each of its nouns stands for.
 
         Returns:
             prefix_ids [B,P], what stands before the questions with one <image> a visual token, padded behind;
             question_ids [B,S,L], slots with several questions each, padded behind; number [B,S,L], which question,
-            -1 for padding; targets [B,S,L], ids of answers and IGNORED elsewhere;
+            -1 for padding; targets [B,S,L], ids of answers and IGNORED elsewhere; thing [B,S,L], what a noun names
+            or -1;
             position_ids [B,P+S*L], which start anew behind the image for each question.
         """
         prefixes, rows = [], []
-        for chat, count in zip(chats, image_tokens, strict=True):
+        for row, (chat, count) in enumerate(zip(chats, image_tokens, strict=True)):
             texts = [f"USER: <image>\n{question} ASSISTANT: {answer}</s>" for question, answer in chat]
             encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
             at = encoded[0].index(self.image_id)
             prefixes.append([*encoded[0][:at], *[self.image_id] * count])
-            slots: list[list[tuple[int, int, int, int]]] = []  # id, target, position, number
+            slots: list[list[tuple[int, int, int, int, int]]] = []  # id, target, position, number, thing
             for number, ids in enumerate(encoded):
                 behind = ids[at + 1 :]
                 answer = behind.index(self._assistant) + 2  # "ASSISTANT" and ":"
-                read = [(id_, id_ if i >= answer else IGNORED, at + count + i, number) for i, id_ in enumerate(behind)]
+                things = iter(named[row][number] if named else [])
+                read = [
+                    (
+                        id_,
+                        id_ if i >= answer else IGNORED,
+                        at + count + i,
+                        number,
+                        next(things, -1) if i < answer and id_ in self._nouns else -1,
+                    )
+                    for i, id_ in enumerate(behind)
+                ]
                 for slot in slots:
                     if len(slot) + len(read) <= SLOT:
                         slot += read
@@ -153,14 +186,14 @@ class Turns:
                 else:
                     slots.append(read)
             rows.append(slots)
-        most, padding = max(map(len, rows)), (self.pad_id, IGNORED, 0, -1)
+        most, padding = max(map(len, rows)), (self.pad_id, IGNORED, 0, -1, -1)
         padded = torch.tensor(
             [
                 [slot + [padding] * (SLOT - len(slot)) for slot in slots] + [[padding] * SLOT] * (most - len(slots))
                 for slots in rows
             ]
         )
-        ids, targets, positions, numbers = padded.unbind(-1)  # [B,S,L]
+        ids, targets, positions, numbers, things = padded.unbind(-1)  # [B,S,L]
         length = max(map(len, prefixes))
         prefix_ids = torch.tensor([prefix + [self.pad_id] * (length - len(prefix)) for prefix in prefixes])
         before = torch.arange(length).expand(len(chats), -1)
@@ -169,6 +202,7 @@ class Turns:
             "question_ids": ids.contiguous(),
             "number": numbers.contiguous(),
             "targets": targets.contiguous(),
+            "thing": things.contiguous(),
             "position_ids": torch.cat([before, positions.flatten(1)], 1),
         }
 

@@ -29,8 +29,8 @@ def accuracy(demo: Demo, processor: Path, count: int, split: str = "check") -> d
         features, _ = demo.see(batch)
         visual = demo.model.multi_modal_projector(features)[0]
         encoded = turns.encode([[(item.question.text, item.question.answer) for item in items]], [len(visual)])
-        hidden, targets = demo.read(encoded, visual)
-        correct = (demo.lm_head(hidden).argmax(-1) == targets) | (targets == IGNORED)
+        states, targets = demo.read(encoded, visual)
+        correct = (demo.lm_head(states[-1]).argmax(-1) == targets) | (targets == IGNORED)
         for number, item in enumerate(items):
             is_right = bool(correct[encoded["number"][:, :, 1:] == number].all())
             right[item.question.kind].append(is_right)

@@ -13,6 +13,7 @@ from demo_model import build
 from demo_model.stages import STAGES, Demo
 
 DTYPE = "float16"
+HEADS = ("heads.", "nouns.")
 
 
 def round_weights(demo: Demo) -> None:
@@ -25,7 +26,7 @@ def model_card(
     demo: Demo, steps: dict[str, int], accuracy: dict[str, float], count: int, constant: tuple[str, float]
 ) -> str:
     rows = [f"| {kind} | {share:.1%} |" for kind, share in accuracy.items()]
-    parameters = sum(p.numel() for name, p in demo.named_parameters() if not name.startswith("heads."))
+    parameters = sum(p.numel() for name, p in demo.named_parameters() if not name.startswith(HEADS))
     return Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8")).substitute(
         parameters=f"{parameters / 1e6:.1f}",
         stages="\n".join(["| stage | steps |", "| --- | --- |", *(f"| {n} | {s:,} |" for n, s in steps.items())]),
@@ -56,7 +57,7 @@ def ship(demo: Demo, folder: Path, card: str) -> int:
     tensors = {
         checkpoints.rename(name, "hub"): tensor.detach().to(torch.float16).contiguous()
         for name, tensor in demo.state_dict().items()
-        if not name.startswith("heads.")
+        if not name.startswith(HEADS)
     }
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})

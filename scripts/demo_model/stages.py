@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from demo_model.attention import SEPARATE
 from demo_model.batches import IGNORED, Plan
-from demo_model.words import ATTRIBUTES
+from demo_model.words import ATTRIBUTES, OF_THINGS
 from scenes.world import CHARACTERS, COLORS, GRID, GROUNDS, SHAPES
 
+FOUND_AT = 4  # blocks after which a noun should know its thing, so that two are left to compare and to answer
+FOUND_WEIGHT = 0.1
 Range = tuple[int, int]
 
 
@@ -47,7 +49,7 @@ STAGES = {
             (0.35, _told(14, 14, (16, 24, 24), (4, 100), (1, 6))),
             (0.92, _told(8, 14, (24,), None, None)),
         ),
-        ("model.language_model.", "lm_head."),
+        ("model.language_model.", "lm_head.", "nouns."),
         1.5e-3,
     ),
     "tower": Stage(
@@ -66,7 +68,7 @@ STAGES = {
     ),
     "answer": Stage(
         ((0.0, _shown(6, 14, (24,))),),
-        ("model.multi_modal_projector.", "model.language_model.", "lm_head."),
+        ("model.multi_modal_projector.", "model.language_model.", "lm_head.", "nouns."),
         8e-4,
     ),
 }
@@ -82,6 +84,8 @@ class Demo(nn.Module):
         width = model.config.vision_config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(words) + 1) for name, words in ATTRIBUTES.items()})
         self.heads["scene"] = nn.Linear(width, len(COLORS) * len(SHAPES) + len(CHARACTERS) + len(GROUNDS))
+        width = model.config.text_config.hidden_size
+        self.nouns = nn.ModuleDict({name: nn.Linear(width, len(ATTRIBUTES[name]) + 1) for name in OF_THINGS})
         self.register_buffer("word_ids", word_ids, persistent=False)
         self.model.language_model.config._attn_implementation = SEPARATE
 
@@ -158,14 +162,24 @@ class Demo(nn.Module):
         return losses
 
     def _answering(self, batch: dict[str, Tensor], visual: Tensor) -> dict[str, Tensor]:
-        hidden, targets = self.read(batch, visual)
+        states, targets = self.read(batch, visual)
+        hidden = states[-1]
         logits = self.lm_head(hidden[targets != IGNORED]).float()
         wanted = targets[targets != IGNORED]
         right = (logits.argmax(-1) == wanted).float().mean()
-        return {"answer": F.cross_entropy(logits, wanted), "token accuracy": right.detach()}
+        named = batch["thing"][:, :, :-1]
+        losses = self._knowing(states[FOUND_AT][named >= 0], batch["things"][named[named >= 0]])
+        return {"answer": F.cross_entropy(logits, wanted), "nouns": losses, "token accuracy": right.detach()}
 
-    def read(self, batch: dict[str, Tensor], visual: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B,S,L-1,D] and the tokens they should predict [B,S,L-1].
+    def _knowing(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, over all attributes, of what a noun [M,D] should know of its thing [M,7] by FOUND_AT."""
+        normal, losses = F.layer_norm(hidden, hidden.shape[-1:]), []
+        for a, name in enumerate(OF_THINGS):
+            losses.append(F.cross_entropy(self.nouns[name](normal).float(), labels[:, a], reduction="sum"))
+        return FOUND_WEIGHT * torch.stack(losses).sum() / max(1, len(hidden))
+
+    def read(self, batch: dict[str, Tensor], visual: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Hidden states [B,S,L-1,D] before, between and after the blocks, and the tokens to predict [B,S,L-1].
 
         ``visual`` are the visual tokens of all images, one behind the other. A question sees its image and itself.
         """
@@ -180,6 +194,7 @@ class Demo(nn.Module):
             use_cache=False,
             seen=prefix != self.config.text_config.pad_token_id,
             number=batch["number"],
+            output_hidden_states=True,
         )
-        hidden = out.last_hidden_state[:, prefix.shape[1] :].unflatten(1, questions.shape[1:])  # [B,S,L,D]
-        return hidden[:, :, :-1], batch["targets"][:, :, 1:]
+        states = [state[:, prefix.shape[1] :].unflatten(1, questions.shape[1:]) for state in out.hidden_states]
+        return [state[:, :, :-1] for state in states], batch["targets"][:, :, 1:]

@@ -19,7 +19,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "row": ROWS,
     "column": COLUMNS,
 }
-OF_THINGS = ("color", "shape", "pattern", "size", "character")
+OF_THINGS = ("color", "shape", "pattern", "size", "character", "row", "column")
 COVERED = 0.2  # share of a patch that a thing must cover to be what the patch shows
 
 
@@ -35,19 +35,24 @@ def patch_labels(scene: Scene) -> np.ndarray:
     centers = [int(t.y // PATCH - scene.top) * side + int(t.x // PATCH - scene.left) for t in scene.things]
     shown[centers] = np.arange(count)
 
-    of_things = np.array([[ATTRIBUTES[a].index(getattr(t, a)) + 1 if getattr(t, a) else 0 for a in OF_THINGS]
-                          for t in scene.things])  # fmt: skip
-    where = np.array([[ROWS.index(t.row) + 1, COLUMNS.index(t.column) + 1] for t in scene.things])
+    of_things = thing_labels(scene)
     row, column = np.divmod(np.arange(side * side), side)
     own = np.stack([(row + scene.top) * 3 // GRID, (column + scene.left) * 3 // GRID], 1) + 1
 
     is_thing = shown >= 0
     labels = np.zeros((side * side, len(ATTRIBUTES)), dtype=np.int64)
-    labels[is_thing, : len(OF_THINGS)] = of_things[shown[is_thing]]
+    labels[is_thing, :5] = of_things[shown[is_thing], :5]
     labels[centers, 5] = 1
     labels[~is_thing, 6] = GROUNDS.index(scene.ground) + 1
-    labels[:, 7:] = np.where(is_thing[:, None], where[shown], own)
+    labels[:, 7:] = np.where(is_thing[:, None], of_things[shown, 5:], own)
     return labels
+
+
+def thing_labels(scene: Scene) -> np.ndarray:
+    """int64 [T,7]: a label of each of OF_THINGS for every thing."""
+    return np.array(
+        [[ATTRIBUTES[a].index(getattr(t, a)) + 1 if getattr(t, a) else 0 for a in OF_THINGS] for t in scene.things]
+    )
 
 
 def scene_labels(scene: Scene) -> np.ndarray:

@@ -123,6 +123,13 @@ def _peak(inputs: SelectionInputs, params: SelectionParams) -> Tensor:
     return (centred * weight[:, None, :]).sum(2)
 
 
+def _contrast(inputs: SelectionInputs, params: SelectionParams) -> Tensor:
+    """peak as a share of its largest, so that no temperature has to know how close words and tokens ever come."""
+    found = _peak(inputs, params)
+    best = torch.where(inputs.valid, found, LOW).amax(1, keepdim=True)
+    return found / best.clamp_min(TINY)
+
+
 def _votes(inputs: SelectionInputs, params: SelectionParams) -> Tensor:
     """Every word spreads one vote over the tokens it resembles; flat words spread theirs evenly. In cosine."""
     real = inputs.valid[:, :, None] & inputs.query_mask[:, None, :]
@@ -173,6 +180,7 @@ RELEVANCE: dict[str, Relevance] = {
     "rare": _rare,
     "idf": _idf,
     "peak": _peak,
+    "contrast": _contrast,
     "votes": _votes,
     "debias": _debias,
     "centred": _centred,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from scenes.world import (
     DIGITS,
     GRID,
     GROUNDS,
+    HELD_OUT,
     PATCH,
     PATTERNS,
     ROWS,
@@ -37,6 +39,11 @@ class Question:
     text: str
     answer: str
     about: tuple[int, ...]
+
+    @property
+    def names_held_out(self) -> bool:
+        """Whether it speaks of a combination of colour and shape that training scenes never show."""
+        return any((color, shape) in HELD_OUT for color, shape in _NAMED.findall(self.text))
 
 
 Asker = Callable[[Scene, random.Random], Question | None]
@@ -175,6 +182,8 @@ KINDS: dict[str, Asker] = {
 }
 
 # --- names of things ---
+
+_NAMED = re.compile(rf"\b({'|'.join(COLORS)}) (?:(?:{'|'.join(PATTERNS)}) )?({'|'.join(SHAPES)})")
 
 _VALUES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),

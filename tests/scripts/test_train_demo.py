@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo_model import build, ship, train
+from demo_model import batches, build, ship, train
 from demo_model.batches import IGNORED, Batches, Plan, Turns
 from demo_model.stages import STAGES, Demo, Stage
+from demo_model.words import ATTRIBUTES, OF_THINGS
+from scenes.questions import Question, ask
+from scenes.world import sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,8 @@ def test_two_processes_average_their_gradients(
         batch = Batches(half, f"words/{rank}" if rank else "words", range(1), processor)[0]
         torch.manual_seed(rank)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            (demo("words", batch)["answer"] / 2).backward()
+            losses = demo("words", batch)
+        ((losses["answer"] + losses["nouns"]) / 2).backward()
     torch.nn.utils.clip_grad_norm_(named.values(), train.CLIP)
     for optimizer in train._optimizers(named):
         for group in optimizer.param_groups:
@@ -97,7 +102,7 @@ def test_each_stage_moves_only_what_it_trains(processor: Path, monkeypatch: pyte
         "answer": {"pixels": True, "labels": True},
     }
     for name, plan in plans.items():
-        batch = Batches(Plan(scenes=2, questions=2, sides=(6,), **plan), name, range(1), processor)[0]
+        batch = Batches(Plan(scenes=2, questions=9, sides=(6,), **plan), name, range(1), processor)[0]
         demo.zero_grad()
         losses = demo(name, batch)
         sum(value for key, value in losses.items() if key != "token accuracy").backward()
@@ -116,7 +121,7 @@ def test_a_shipped_model_can_be_trained_on(processor: Path, tmp_path: Path) -> N
     ship.unpack(tmp_path, tmp_path / "start")
     again = train.load_demo(processor, *(tmp_path / "start" / f"{stage}.safetensors" for stage in STAGES))
     for (name, a), b in zip(demo.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(a, b) or name.startswith("heads."), name
+        assert torch.equal(a, b) or name.startswith(ship.HEADS), name
 
 
 def test_targets_are_the_answers(processor: Path) -> None:
@@ -127,6 +132,37 @@ def test_targets_are_the_answers(processor: Path) -> None:
     answers = [targets[(number == i) & (targets != IGNORED)].tolist() for i in range(2)]
     words = [turns.word_ids()[a, w].item() for a, w in ((0, 1), (7, 1), (8, 1))]  # red, top, left
     assert answers == [[words[0], turns.end_id], [words[1], words[2], turns.end_id]]
+
+
+def test_nouns_stand_for_the_things_they_name(processor: Path) -> None:
+    """Read from the words: whatever a question says of a thing is so of the thing its noun points to."""
+    batch = Batches(Plan(4, 30, (24,), pixels=False, labels=True), "words", range(1), processor)[0]
+    turns, checked = Turns(processor), 0
+    words = {turns._tokenizer.id_to_token(i).strip("▁"): i for i in range(turns._tokenizer.get_vocab_size())}
+    known = {words[word]: (a, w) for a, name in enumerate(OF_THINGS[:4]) for w, word in enumerate(ATTRIBUTES[name], 1)}
+    known[words["little"]], known[words["big"]] = known[words["small"]], known[words["large"]]
+    for ids, things in zip(batch["question_ids"].flatten(0, 1), batch["thing"].flatten(0, 1), strict=True):
+        for at in torch.nonzero(things >= 0).flatten().tolist():
+            start = at - 1
+            while ids[start].item() != words["the"]:
+                start -= 1
+            for said in ids[start + 1 : at + 1].tolist():
+                if said == words["thing"]:
+                    continue
+                attribute, label = known[said]
+                assert batch["things"][things[at], attribute] == label
+                checked += 1
+    assert checked > 50
+
+
+def test_questions_of_training_never_name_what_training_never_shows() -> None:
+    assert Question("existence", "Is there a red dotted diamond?", "no", ()).names_held_out
+    assert Question("counting", "How many red diamonds are there?", "zero", ()).names_held_out
+    assert not Question("counting", "Count the checkered diamonds.", "zero", ()).names_held_out
+    scene, rng = sample_scene("train/0", training=True), random.Random(0)
+    assert any(ask(scene, rng, "existence").names_held_out for _ in range(300))
+    rng = random.Random(0)
+    assert not any(batches._ask(scene, rng, "existence").names_held_out for _ in range(300))
 
 
 ASKED = [
@@ -144,7 +180,8 @@ def test_a_question_among_others_reads_as_it_would_alone(processor: Path) -> Non
     with torch.no_grad():
         encoded = turns.encode([ASKED, ASKED[:1]], [5, 9])
         assert encoded["number"].shape[1] == 2  # slots
-        hidden, targets = demo.read(encoded, visual)
+        states, targets = demo.read(encoded, visual)
+        hidden = states[-1]
         model = demo.model.language_model
         model.config._attn_implementation = "eager"
         for i, one in enumerate(ASKED):
