@@ -15,16 +15,20 @@ from torch.utils.data import Dataset
 
 from demo_model.words import ATTRIBUTES, patch_labels, scene_labels, thing_labels
 from scenes.draw import draw
-from scenes.questions import Question, ask
-from scenes.world import SHAPES, Scene, sample_scene
+from scenes.questions import NOUNS, NUMBERS, Question, ask
+from scenes.world import Scene, sample_scene
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 IGNORED = -100
 SLOT = 64  # tokens: three or four questions with their answers; the longest has 33
 # How often each kind is asked: more of what takes several steps of thought.
-SHARES = {"attribute": 4, "where": 3, "existence": 4, "counting": 5, "comparison": 6, "character": 2, "ground": 0.5}
+SHARES = {"attribute": 2, "where": 1.5, "existence": 3, "counting": 9, "comparison": 7, "character": 1, "ground": 0.3}
 NAMING = ("attribute", "where", "comparison", "character")  # kinds whose nouns stand for one thing each
+COUNTING = ("existence", "counting")  # kinds whose noun stands for as many things as there are
+
+Noun = tuple[int, int]  # which thing a noun stands for, and how many things; -1 where it is not that kind of noun
+NOTHING: Noun = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Batches(Dataset):
             batch |= self._turns.encode(
                 [[(question.text, question.answer) for question in chat] for chat in chats],
                 counts,
-                [[_named(question, first) for question in chat] for chat, first in zip(chats, before, strict=False)],
+                [[_nouns(question, first) for question in chat] for chat, first in zip(chats, before, strict=False)],
             )
         return batch
 
@@ -99,9 +103,11 @@ def _ask(scene: Scene, rng: random.Random, kind: str) -> Question:
     return question
 
 
-def _named(question: Question, first: int) -> list[int]:
-    """The things that a question names, in its order, counted from ``first``."""
-    return [first + i for i in question.about] if question.kind in NAMING else []
+def _nouns(question: Question, first: int) -> list[Noun]:
+    """What the nouns of a question stand for, in its order; things are numbered from ``first``."""
+    if question.kind in COUNTING:
+        return [(-1, min(len(question.about), len(NUMBERS) - 1))]
+    return [(first + i, -1) for i in question.about] if question.kind in NAMING else []
 
 
 def _kept(labels: np.ndarray, plan: Plan, rng: np.random.Generator) -> np.ndarray:
@@ -139,23 +145,23 @@ class Turns:
         (self.image_id, self.pad_id, self.end_id) = (
             self._tokenizer.token_to_id(token) for token in ("<image>", "<pad>", "</s>")
         )
-        self._nouns = {self._tokenizer.token_to_id(f"▁{noun}") for noun in (*SHAPES, "thing")}
+        self._nouns = {self._tokenizer.token_to_id(f"▁{noun}") for noun in NOUNS}
 
     def encode(
-        self, chats: list[list[tuple[str, str]]], image_tokens: list[int], named: list[list[list[int]]] | None = None
+        self, chats: list[list[tuple[str, str]]], image_tokens: list[int], nouns: list[list[list[Noun]]] | None = None
     ) -> dict[str, torch.Tensor]:
         """Each row is one image and its questions, every one as if it alone followed the image.
 
         Args:
             chats: question and answer, as many for each image.
             image_tokens: visual tokens of each image.
-            named: of each question, which thing each of its nouns stands for.
+            nouns: of each question, what each of its nouns stands for.
 
         Returns:
             prefix_ids [B,P], what stands before the questions with one <image> a visual token, padded behind;
             question_ids [B,S,L], slots with several questions each, padded behind; number [B,S,L], which question,
-            -1 for padding; targets [B,S,L], ids of answers and IGNORED elsewhere; thing [B,S,L], what a noun names
-            or -1;
+            -1 for padding; targets [B,S,L], ids of answers and IGNORED elsewhere; thing and number_of [B,S,L], which
+            thing or how many a noun stands for, -1 elsewhere;
             position_ids [B,P+S*L], which start anew behind the image for each question.
         """
         prefixes, rows = [], []
@@ -164,18 +170,18 @@ class Turns:
             encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
             at = encoded[0].index(self.image_id)
             prefixes.append([*encoded[0][:at], *[self.image_id] * count])
-            slots: list[list[tuple[int, int, int, int, int]]] = []  # id, target, position, number, thing
+            slots: list[list[tuple[int, ...]]] = []  # id, target, position, number, thing, number of
             for number, ids in enumerate(encoded):
                 behind = ids[at + 1 :]
                 answer = behind.index(self._assistant) + 2  # "ASSISTANT" and ":"
-                things = iter(named[row][number] if named else [])
+                known = iter(nouns[row][number] if nouns else [])
                 read = [
                     (
                         id_,
                         id_ if i >= answer else IGNORED,
                         at + count + i,
                         number,
-                        next(things, -1) if i < answer and id_ in self._nouns else -1,
+                        *(next(known, NOTHING) if i < answer and id_ in self._nouns else NOTHING),
                     )
                     for i, id_ in enumerate(behind)
                 ]
@@ -186,14 +192,14 @@ class Turns:
                 else:
                     slots.append(read)
             rows.append(slots)
-        most, padding = max(map(len, rows)), (self.pad_id, IGNORED, 0, -1, -1)
+        most, padding = max(map(len, rows)), (self.pad_id, IGNORED, 0, -1, *NOTHING)
         padded = torch.tensor(
             [
                 [slot + [padding] * (SLOT - len(slot)) for slot in slots] + [[padding] * SLOT] * (most - len(slots))
                 for slots in rows
             ]
         )
-        ids, targets, positions, numbers, things = padded.unbind(-1)  # [B,S,L]
+        ids, targets, positions, numbers, things, numbers_of = padded.unbind(-1)  # [B,S,L]
         length = max(map(len, prefixes))
         prefix_ids = torch.tensor([prefix + [self.pad_id] * (length - len(prefix)) for prefix in prefixes])
         before = torch.arange(length).expand(len(chats), -1)
@@ -203,6 +209,7 @@ class Turns:
             "number": numbers.contiguous(),
             "targets": targets.contiguous(),
             "thing": things.contiguous(),
+            "number_of": numbers_of.contiguous(),
             "position_ids": torch.cat([before, positions.flatten(1)], 1),
         }
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from demo_model.attention import SEPARATE
 from demo_model.batches import IGNORED, Plan
 from demo_model.words import ATTRIBUTES, OF_THINGS
+from scenes.questions import NUMBERS
 from scenes.world import CHARACTERS, COLORS, GRID, GROUNDS, SHAPES
 
 FOUND_AT = 4  # blocks after which a noun should know its thing, so that two are left to compare and to answer
-FOUND_WEIGHT = 0.1
+FOUND_WEIGHT = 0.2
 Range = tuple[int, int]
 
 
@@ -46,8 +47,8 @@ STAGES = {
             (0.0, _told(24, 12, (8,), (4, 4), None)),
             (0.15, _told(16, 14, (8, 12), (2, 50), (1, 6))),
             (0.25, _told(16, 14, (12, 16), (4, 100), (1, 6))),
-            (0.35, _told(14, 14, (16, 24, 24), (4, 100), (1, 6))),
-            (0.92, _told(8, 14, (24,), None, None)),
+            (0.35, _told(12, 16, (24, 16, 24, 24), (4, 430), (1, 14))),
+            (0.85, _told(8, 16, (24,), None, None)),
         ),
         ("model.language_model.", "lm_head.", "nouns."),
         1.5e-3,
@@ -69,7 +70,7 @@ STAGES = {
     "answer": Stage(
         ((0.0, _shown(6, 14, (24,))),),
         ("model.multi_modal_projector.", "model.language_model.", "lm_head.", "nouns."),
-        8e-4,
+        4e-4,
     ),
 }
 
@@ -86,6 +87,7 @@ class Demo(nn.Module):
         self.heads["scene"] = nn.Linear(width, len(COLORS) * len(SHAPES) + len(CHARACTERS) + len(GROUNDS))
         width = model.config.text_config.hidden_size
         self.nouns = nn.ModuleDict({name: nn.Linear(width, len(ATTRIBUTES[name]) + 1) for name in OF_THINGS})
+        self.nouns["number"] = nn.Linear(width, len(NUMBERS))
         self.register_buffer("word_ids", word_ids, persistent=False)
         self.model.language_model.config._attn_implementation = SEPARATE
 
@@ -167,16 +169,21 @@ class Demo(nn.Module):
         logits = self.lm_head(hidden[targets != IGNORED]).float()
         wanted = targets[targets != IGNORED]
         right = (logits.argmax(-1) == wanted).float().mean()
-        named = batch["thing"][:, :, :-1]
-        losses = self._knowing(states[FOUND_AT][named >= 0], batch["things"][named[named >= 0]])
-        return {"answer": F.cross_entropy(logits, wanted), "nouns": losses, "token accuracy": right.detach()}
+        nouns = FOUND_WEIGHT * self._knowing(states[FOUND_AT], batch)
+        return {"answer": F.cross_entropy(logits, wanted), "nouns": nouns, "token accuracy": right.detach()}
 
-    def _knowing(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, over all attributes, of what a noun [M,D] should know of its thing [M,7] by FOUND_AT."""
-        normal, losses = F.layer_norm(hidden, hidden.shape[-1:]), []
-        for a, name in enumerate(OF_THINGS):
-            losses.append(F.cross_entropy(self.nouns[name](normal).float(), labels[:, a], reduction="sum"))
-        return FOUND_WEIGHT * torch.stack(losses).sum() / max(1, len(hidden))
+    def _knowing(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy of what nouns should know: all attributes of their thing, or how many things they stand for."""
+        normal = F.layer_norm(hidden, hidden.shape[-1:])  # [B,S,L-1,D]
+        thing, number = (batch[name][:, :, :-1] for name in ("thing", "number_of"))
+        labels = batch["things"][thing[thing >= 0]]  # [M,7]
+        known = [(name, normal[thing >= 0], labels[:, a]) for a, name in enumerate(OF_THINGS)]
+        known.append(("number", normal[number >= 0], number[number >= 0]))
+        losses = [
+            F.cross_entropy(self.nouns[name](states).float(), wanted, reduction="sum") / max(1, len(wanted))
+            for name, states, wanted in known
+        ]
+        return torch.stack(losses).sum()
 
     def read(self, batch: dict[str, Tensor], visual: Tensor) -> tuple[list[Tensor], Tensor]:
         """Hidden states [B,S,L-1,D] before, between and after the blocks, and the tokens to predict [B,S,L-1].

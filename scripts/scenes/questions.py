@@ -244,6 +244,9 @@ def _said(template: str, name: str) -> str:
     return text[0].upper() + text[1:]
 
 
+NOUNS = tuple(_noun({"shape": shape}, plural) for shape in (*SHAPES, "thing") for plural in (False, True))
+
+
 def vocabulary() -> list[str]:
     """Every word that names something, for a tokenizer to keep whole."""
     synonyms = [word for words in _SYNONYMS.values() for word in words]

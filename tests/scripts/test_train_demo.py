@@ -14,7 +14,7 @@ from demo_model import batches, build, ship, train
 from demo_model.batches import IGNORED, Batches, Plan, Turns
 from demo_model.stages import STAGES, Demo, Stage
 from demo_model.words import ATTRIBUTES, OF_THINGS
-from scenes.questions import Question, ask
+from scenes.questions import NUMBERS, Question, ask
 from scenes.world import sample_scene
 
 
@@ -153,6 +153,21 @@ def test_nouns_stand_for_the_things_they_name(processor: Path) -> None:
                 assert batch["things"][things[at], attribute] == label
                 checked += 1
     assert checked > 50
+
+
+def test_nouns_know_how_many_there_are(processor: Path) -> None:
+    batch = Batches(Plan(4, 30, (24,), pixels=False, labels=True), "words", range(1), processor)[0]
+    answer = {Turns(processor)._tokenizer.encode(word).ids[-1]: word for word in (*NUMBERS, "yes", "no")}
+    counted = batch["number_of"] >= 0
+    assert (batch["number_of"][counted] > 1).any()
+    seen = set()
+    for row, slot, at in torch.nonzero(counted).tolist():
+        number, targets = batch["number"][row, slot], batch["targets"][row, slot]
+        said = answer[int(targets[(batch["number"][row, slot] == number[at]) & (targets != IGNORED)][0])]
+        known = int(batch["number_of"][row, slot, at])
+        assert said == (NUMBERS[known] if said in NUMBERS else "yes" if known else "no")
+        seen.add(said)
+    assert seen == {*NUMBERS, "yes", "no"}
 
 
 def test_questions_of_training_never_name_what_training_never_shows() -> None:
