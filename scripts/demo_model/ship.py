@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from string import Template
 
@@ -23,13 +24,14 @@ def round_weights(demo: Demo) -> None:
 
 
 def model_card(
-    demo: Demo, steps: dict[str, int], accuracy: dict[str, float], count: int, constant: tuple[str, float]
+    demo: Demo, steps: dict[str, int], accuracy: dict[str, float], count: int, constant: tuple[str, float], history: str
 ) -> str:
     rows = [f"| {kind} | {share:.1%} |" for kind, share in accuracy.items()]
     parameters = sum(p.numel() for name, p in demo.named_parameters() if not name.startswith(HEADS))
     return Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8")).substitute(
         parameters=f"{parameters / 1e6:.1f}",
         stages="\n".join(["| stage | steps |", "| --- | --- |", *(f"| {n} | {s:,} |" for n, s in steps.items())]),
+        history="\n".join(textwrap.wrap(history, 120)),
         count=f"{count:,}",
         accuracy="\n".join(["| questions | right |", "| --- | --- |", *rows]),
         constant=constant[0],

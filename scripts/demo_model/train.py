@@ -26,6 +26,8 @@ CLIP = 1.0  # of the gradient's norm
 DECAY = 0.05
 MUON = 3.0  # its learning rate, as a multiple of AdamW's
 SAVED_EVERY = 100  # steps
+AVERAGED = 0.995  # what is kept of the mean of weights at each step: batches this small leave noise in the weights
+WEIGHT = "weight"
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -56,7 +58,8 @@ def train(
     In a process group (``train_together``) each process takes its share of a batch, and the first reports and saves.
 
     Args:
-        folder: holds the processor; the checkpoint ``STAGE.safetensors`` is kept here, every 100 steps.
+        folder: holds the processor; the checkpoint ``STAGE.safetensors``, the moving mean of the weights, is kept
+            here, every 100 steps.
         start: weights of the stages before.
         threads, workers: of each process; workers draw scenes beside it.
     """
@@ -71,6 +74,7 @@ def train(
         parameter.requires_grad_(name.startswith(stage.trained))
     named = {n: p for n, p in demo.named_parameters() if p.requires_grad}
     optimizers = _optimizers(named)
+    mean = {name: parameter.detach().clone() for name, parameter in named.items()}
     if first:
         _load_state(optimizers, named, load_file(state_file))
 
@@ -98,10 +102,12 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
             step += 1
+            for name, parameter in named.items():
+                mean[name].lerp_(parameter.detach(), 1 - min(AVERAGED, (step - 1) / (step + 9)))
             seconds = time.perf_counter() - started
             report(step, {name: float(v.detach()) for name, v in losses.items()} | {"rate": rate, "seconds": seconds})
             if rank == 0 and (step % SAVED_EVERY == 0 or step == steps):
-                _save(optimizers, named, out, state_file, step)
+                _save(optimizers, named, mean, out, state_file, step)
     return out
 
 
@@ -167,7 +173,12 @@ def _average(named: dict[str, nn.Parameter], processes: int) -> None:
 
 
 def _save(
-    optimizers: list[torch.optim.Optimizer], named: dict[str, nn.Parameter], out: Path, state_file: Path, step: int
+    optimizers: list[torch.optim.Optimizer],
+    named: dict[str, nn.Parameter],
+    mean: dict[str, torch.Tensor],
+    out: Path,
+    state_file: Path,
+    step: int,
 ) -> None:
     """Both files whole or not at all; the step stands in the weights' header."""
     state = {
@@ -175,8 +186,8 @@ def _save(
         for name, parameter in named.items()
         for optimizer in optimizers
         for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    for tensors, path in ((state, state_file), ({n: p.detach() for n, p in named.items()}, out)):
+    } | {f"{WEIGHT}/{name}": parameter.detach() for name, parameter in named.items()}
+    for tensors, path in ((state, state_file), (mean, out)):
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"step": str(step)})
         partial.replace(path)
@@ -197,4 +208,7 @@ def _load_state(
     for label, value in state.items():
         key, name = label.split("/")
         parameter = named[name]
+        if key == WEIGHT:
+            parameter.data.copy_(value)
+            continue
         owner[parameter].state[parameter][key] = value.to(parameter.device)

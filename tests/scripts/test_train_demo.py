@@ -69,6 +69,7 @@ def test_two_processes_average_their_gradients(
 ) -> None:
     """One step of two processes is the step that the mean of their gradients gives."""
     monkeypatch.setattr(train, "WARM_UP", 1)
+    monkeypatch.setattr(train, "AVERAGED", 0.0)
     for file in processor.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     found = load_file(train.train_together(2, "words", 1, tmp_path, (), lambda step, losses: None, 1, 0))
