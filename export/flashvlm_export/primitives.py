@@ -126,15 +126,19 @@ def text_guided_score(
     Returns:
         [B, N] float32 log-scores, finite for finite inputs.
     """
-    eta, temperature, pool_temperature, eps = (
-        torch.as_tensor(value, dtype=torch.float32, device=projected.device)
-        for value in (eta, temperature, pool_temperature, eps)
+    relevance = pooled_similarity(projected, query, query_mask, pool_temperature)  # [B, N]
+    return fuse(relevance, saliency, valid, eta, temperature, eps)
+
+
+def fuse(relevance: Tensor, saliency: Tensor, valid: Tensor, eta: Scalar, temperature: Scalar, eps: Scalar) -> Tensor:
+    """Relevance r and saliency a, [B, N] each, as one log-score: l of text_guided_score."""
+    eta, temperature, eps = (
+        torch.as_tensor(value, dtype=torch.float32, device=relevance.device) for value in (eta, temperature, eps)
     )
     floor = torch.log(eps)
-    pooled = pooled_similarity(projected, query, query_mask, pool_temperature)  # [B, N]
-    best = torch.where(valid, pooled, LOW).amax(1, keepdim=True)
-    relevance = torch.maximum((pooled - best) / temperature, floor)
-    fused = (1 - eta) * log_saliency(saliency, valid, eps) + eta * relevance
+    best = torch.where(valid, relevance, LOW).amax(1, keepdim=True)
+    sharp = torch.maximum((relevance - best) / temperature, floor)
+    fused = (1 - eta) * log_saliency(saliency, valid, eps) + eta * sharp
     return torch.where(valid, fused, floor)
 
 
@@ -145,6 +149,24 @@ def pooled_similarity(projected: Tensor, query: Tensor, query_mask: Tensor, pool
     weights = torch.where(asked, similarity / pool_temperature, LOW).softmax(2)
     # Masked again after the softmax, which is uniform in a row whose query is all padding.
     return torch.where(asked, weights * similarity, 0.0).sum(2)
+
+
+def contrast_similarity(projected: Tensor, query: Tensor, query_mask: Tensor, valid: Tensor) -> Tensor:
+    """How much each visual token stands out in what the question's words single out, [B, N] float32.
+
+        C    S less its mean over the valid visual tokens, with S as in text_guided_score
+        h_j  max_i C_ij, by how much the best token of a word stands out
+        r_i  sum_j h_j^2 C_ij / sum_j h_j^2
+
+    A word as close to every token (an article, "picture") has no say, and a token that several words agree on
+    comes before one that is all of a single word. Zero everywhere in a row without query tokens.
+    """
+    similarity = unit(projected) @ unit(query).transpose(1, 2)  # [B, N, L]
+    counts = (valid[:, :, None] & query_mask[:, None, :]).float()
+    mean = (similarity * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp_min(1)
+    contrast = (similarity - mean) * counts  # [B, N, L]
+    weight = contrast.amax(1, keepdim=True).square()  # [B, 1, L]
+    return (contrast * (weight / weight.sum(2, keepdim=True).clamp_min(TINY))).sum(2)
 
 
 def log_saliency(saliency: Tensor, valid: Tensor, eps: Scalar) -> Tensor:

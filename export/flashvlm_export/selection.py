@@ -35,8 +35,10 @@ from .primitives import (
     SelectionInputs,
     SelectionParams,
     best_of,
+    contrast_similarity,
     fill,
     first_largest,
+    fuse,
     gram,
     holds,
     members_at,
@@ -54,6 +56,7 @@ __all__ = [
     "SelectionInputs",
     "SelectionParams",
     "flashvlm",
+    "flashvlm_contrast",
     "masked_lloyd",
     "select",
     "text_guided_score",
@@ -72,15 +75,29 @@ def flashvlm(
     others, in place of the published bipartite merging, whose choice hangs on the last bit of a float.
     ``lloyd``: masked_lloyd, or a stand-in that emits it as one graph node.
     """
-    projected, features, saliency, query, query_mask, valid = inputs
+    projected, _, saliency, query, query_mask, valid = inputs
     scores = score(
         projected, query, query_mask, saliency, valid,
         params.eta, params.temperature, params.pool_temperature, params.eps,
     )  # fmt: skip
+    return _top_and_representatives(inputs, scores, budget, params, lloyd or masked_lloyd)
+
+
+def flashvlm_contrast(inputs: SelectionInputs, budget: int, params: SelectionParams, score: ScoreFn) -> Selection:
+    """flashvlm with the relevance of contrast_similarity: words weigh as much as they tell the image's tokens apart."""
+    projected, _, saliency, query, query_mask, valid = inputs
+    relevance = contrast_similarity(projected, query, query_mask, valid)  # [B, N]
+    scores = fuse(relevance, saliency, valid, params.eta, params.temperature, params.eps)
+    return _top_and_representatives(inputs, scores, budget, params, masked_lloyd)
+
+
+def _top_and_representatives(
+    inputs: SelectionInputs, scores: Tensor, budget: int, params: SelectionParams, lloyd: LloydFn
+) -> Selection:
     top_count = math.floor(budget * params.top_ratio + 1e-9)  # 100 * 0.29 is 28.999999999999996
-    space = features if params.partition_space == "features" else projected
-    kept, is_top = (lloyd or masked_lloyd)(space, scores, valid, budget, top_count, params.iterations)
-    return Selection(take(projected, kept), kept, is_top, scores)
+    space = inputs.features if params.partition_space == "features" else inputs.projected
+    kept, is_top = lloyd(space, scores, inputs.valid, budget, top_count, params.iterations)
+    return Selection(take(inputs.projected, kept), kept, is_top, scores)
 
 
 def masked_lloyd(
@@ -138,6 +155,7 @@ def similarity_to_centroids(cosine: Tensor, members: Tensor) -> Tensor:
 
 METHODS: dict[str, Method] = {
     "flashvlm": flashvlm,
+    "flashvlm-contrast": flashvlm_contrast,
     "flashvlm-published": flashvlm_published,
     "vispruner": vispruner,
     "divprune": divprune,
@@ -152,6 +170,7 @@ METHODS: dict[str, Method] = {
 # Which inputs move a method's choice; projected and valid are read by all.
 READS: dict[str, frozenset[str]] = {
     "flashvlm": frozenset({"features", "saliency", "query"}),
+    "flashvlm-contrast": frozenset({"features", "saliency", "query"}),
     "flashvlm-published": frozenset({"features", "saliency", "query"}),
     "vispruner": frozenset({"features", "saliency"}),
     "divprune": frozenset(),

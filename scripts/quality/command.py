@@ -64,9 +64,9 @@ def quality(
 
 def _plan(wanted: list[Variant], sizes: list[int] | None) -> list[tuple[Variant, int]]:
     """Every variant with each of its budgets, the ones it is compared with included."""
-    from quality.variants import METHODS, REFERENCE, RIVALS, known_names
+    from quality.variants import METHODS, OFFERED, REFERENCE, RIVALS, known_names
 
-    rivals = RIVALS if {variant.name for variant in wanted} - known_names() else (REFERENCE,)
+    rivals = (*RIVALS, OFFERED) if {variant.name for variant in wanted} - known_names() else (REFERENCE,)
     compared = [variant for variant in METHODS if variant.name in rivals]
     whole_group = all(method in wanted for method in METHODS)
     plan = [

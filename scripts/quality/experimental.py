@@ -25,10 +25,11 @@ from flashvlm_export.primitives import (
     SelectionInputs,
     SelectionParams,
     best_of,
+    contrast_similarity,
     finish,
     first_largest,
+    fuse,
     gram,
-    log_saliency,
     mask_of,
     members_at,
     one_hot,
@@ -66,13 +67,9 @@ def _method(
     inputs: SelectionInputs, budget: int, params: SelectionParams, score: ScoreFn, relevance: Relevance, rest: Rest
 ) -> Selection:
     """The fusion of text_guided_score with another relevance, then another use of the scores."""
-    valid = inputs.valid
-    floor = math.log(params.eps)
     found = relevance(inputs, params)  # [B, N]
-    best = torch.where(valid, found, LOW).amax(1, keepdim=True)
-    sharp = ((found - best) / params.temperature).clamp_min(floor)
-    fused = (1 - params.eta) * log_saliency(inputs.saliency, valid, params.eps) + params.eta * sharp
-    return rest(inputs, torch.where(valid, fused, floor), budget, params)
+    scores = fuse(found, inputs.saliency, inputs.valid, params.eta, params.temperature, params.eps)
+    return rest(inputs, scores, budget, params)
 
 
 # --- relevance: (inputs, params) -> [B, N], in units of params.temperature -----------------------------------------
@@ -116,11 +113,8 @@ def _idf(inputs: SelectionInputs, params: SelectionParams) -> Tensor:
 
 
 def _peak(inputs: SelectionInputs, params: SelectionParams) -> Tensor:
-    """As idf, with the squared height of each word's best token above its mean as weight."""
-    centred = _centre(inputs, _similarity(inputs))
-    height = centred.amax(1).square()  # [B, L]
-    weight = height / height.sum(1, keepdim=True).clamp_min(TINY)
-    return (centred * weight[:, None, :]).sum(2)
+    """As flashvlm-contrast: like idf, with the squared height of each word's best token above its mean as weight."""
+    return contrast_similarity(inputs.projected, inputs.query, inputs.query_mask, inputs.valid)
 
 
 def _contrast(inputs: SelectionInputs, params: SelectionParams) -> Tensor:

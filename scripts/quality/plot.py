@@ -19,6 +19,7 @@ LINE_HEIGHT = 23
 # Okabe and Ito's palette for methods that read the question or compete with ours; grays for the plain ones.
 COLOURS: dict[str, Rgb] = {
     "flashvlm": (0, 114, 178),
+    "flashvlm-contrast": (0, 60, 110),
     "flashvlm-published": (230, 130, 0),
     "vispruner": (0, 148, 110),
     "cdpruner": (204, 90, 150),

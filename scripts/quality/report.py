@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quality.measures import ALL, CONFIDENCE, HELD_OUT, RESAMPLES, SEEN, Difference, Scored
-from quality.variants import GRIDS, METHODS, REFERENCE, RIVALS, ablation, defaults
+from quality.variants import GRIDS, METHODS, OFFERED, REFERENCE, RIVALS, ablation, defaults
 
 SCHEMA_VERSION = 1
 DOCUMENT, PICTURE, JSON_FILE = "quality.md", "quality.png", "quality.json"
@@ -138,7 +138,7 @@ def experimental_block(scores: Scores, conditions: Conditions, names: Sequence[s
             "ms",
         ]
         rows = []
-        for name in (*RIVALS, *names):
+        for name in (*RIVALS, OFFERED, *names):
             found = scores.get(name, budget)
             if found is None:
                 continue

@@ -8,7 +8,8 @@ from typing import Any
 from quality.experimental import RELEVANCE, REST
 
 REFERENCE = "flashvlm"
-RIVALS = (REFERENCE, "flashvlm-published", "vispruner")  # what a candidate has to beat
+RIVALS = (REFERENCE, "flashvlm-published", "vispruner", "cdpruner")  # what a candidate is compared with
+OFFERED = "flashvlm-contrast"  # the candidate that became a method
 ALL_TOKENS = "none"
 DOWNSAMPLED, POOLED = "downsampled", "pooled"
 SCOPES = ("query", "positions")  # options of an export that are not in SelectionParams
@@ -41,6 +42,7 @@ class Variant:
 EVERYTHING = Variant(ALL_TOKENS, ALL_TOKENS)
 METHODS = (
     Variant(REFERENCE, "flashvlm"),
+    Variant(OFFERED, OFFERED),
     Variant("flashvlm-published", "flashvlm-published", query="prompt"),
     Variant("vispruner", "vispruner"),
     Variant("cdpruner", "cdpruner"),
@@ -70,7 +72,7 @@ OTHER_DEFAULTS = {"query": "question", "positions": "renumber", "rest": "lloyd",
 
 # One part of flashvlm replaced at a time; combinations come by name, such as idf+merge:temperature=0.002:eta=0.75
 EXPERIMENTS = (
-    *(f"{relevance}+lloyd" for relevance in RELEVANCE if relevance != "pooled"),
+    *(f"{relevance}+lloyd" for relevance in RELEVANCE if relevance not in ("pooled", "peak")),
     *(f"pooled+{rest}" for rest in REST if rest in ("merge", "merge-all", "spread", "coverage", "quota")),
 )
 

@@ -27,8 +27,19 @@ def ref_relevance(projected, query, pool_temperature=0.05):
     return np.array(out)
 
 
+def ref_contrast(projected, query):
+    sims = np.array([[cosine(token, word) for word in query] for token in projected])
+    words = [column - column.mean() for column in sims.T]
+    weights = [column.max() ** 2 for column in words]
+    return sum(w * column for w, column in zip(weights, words, strict=True)) / sum(weights)
+
+
 def ref_score(projected, query, saliency, eta=0.5, temperature=0.004, pool_temperature=0.05, eps=1e-6):
-    r, a = ref_relevance(projected, query, pool_temperature), minmax(saliency)
+    return ref_fuse(ref_relevance(projected, query, pool_temperature), saliency, eta, temperature, eps)
+
+
+def ref_fuse(r, saliency, eta=0.5, temperature=0.004, eps=1e-6):
+    a = minmax(saliency)
     return np.array(
         [
             (1 - eta) * math.log(max(a[i], eps)) + eta * max((r[i] - r.max()) / temperature, math.log(eps))
@@ -72,7 +83,14 @@ def ref_bipartite(features, score, free, target):
 
 
 def ref_flashvlm(x, K):
-    score = ref_score(x.projected, x.query, x.saliency)
+    return ref_top_and_representatives(x, ref_score(x.projected, x.query, x.saliency), K)
+
+
+def ref_flashvlm_contrast(x, K):
+    return ref_top_and_representatives(x, ref_fuse(ref_contrast(x.projected, x.query), x.saliency), K)
+
+
+def ref_top_and_representatives(x, score, K):
     top = best(score, K // 2)
     free = [i for i in range(len(score)) if i not in top]
     chosen = top + ref_kmeans(x.features, free, K - len(top))
@@ -134,6 +152,7 @@ def ref_trim(x, K):
 
 REFERENCES = {
     "flashvlm": ref_flashvlm,
+    "flashvlm-contrast": ref_flashvlm_contrast,
     "flashvlm-published": ref_published,
     "vispruner": ref_vispruner,
     "divprune": ref_divprune,

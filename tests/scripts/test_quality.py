@@ -29,7 +29,7 @@ from quality.harness import Given, asked_patches  # noqa: E402
 from quality.measures import Scored, Subset, score  # noqa: E402
 from quality.resolution import interpolated  # noqa: E402
 from quality.results import Run, Sitting  # noqa: E402
-from quality.variants import EVERYTHING, GRIDS, METHODS, Variant, ablation, parse  # noqa: E402
+from quality.variants import EVERYTHING, GRIDS, METHODS, RIVALS, Variant, ablation, parse  # noqa: E402
 from scenes.draw import draw, owners  # noqa: E402
 from scenes.exam import exam  # noqa: E402
 
@@ -273,7 +273,7 @@ def scored() -> tuple[report.Scores, list[Scored]]:
     runs = [make_run(v, b, i * 10 + j, 0.3 + 0.05 * i) for i, v in enumerate(METHODS) for j, b in enumerate(budgets)]
     others = [v for v in parse("ablations") if v not in METHODS]
     runs += [make_run(v, b, 999 + i) for i, v in enumerate(others) for b in (64, 32, 16)]
-    rivals = [run for run in runs if run.variant in METHODS[:3]]
+    rivals = [run for run in runs if run.variant.name in RIVALS]
     (whole,) = score([everything], ITEMS, everything, [], {})
     found = score(runs, ITEMS, everything, rivals, {("flashvlm", 64): 1.234})
     return report.Scores(whole, found), found
