@@ -161,12 +161,17 @@ def contrast_similarity(projected: Tensor, query: Tensor, query_mask: Tensor, va
     A word as close to every token (an article, "picture") has no say, and a token that several words agree on
     comes before one that is all of a single word. Zero everywhere in a row without query tokens.
     """
+    contrast = word_contrast(projected, query, query_mask, valid)  # [B, N, L]
+    weight = contrast.amax(1, keepdim=True).square()  # [B, 1, L]
+    return (contrast * (weight / weight.sum(2, keepdim=True).clamp_min(TINY))).sum(2)
+
+
+def word_contrast(projected: Tensor, query: Tensor, query_mask: Tensor, valid: Tensor) -> Tensor:
+    """C of contrast_similarity, [B, N, L] float32; zero where either side is padding."""
     similarity = unit(projected) @ unit(query).transpose(1, 2)  # [B, N, L]
     counts = (valid[:, :, None] & query_mask[:, None, :]).float()
     mean = (similarity * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp_min(1)
-    contrast = (similarity - mean) * counts  # [B, N, L]
-    weight = contrast.amax(1, keepdim=True).square()  # [B, 1, L]
-    return (contrast * (weight / weight.sum(2, keepdim=True).clamp_min(TINY))).sum(2)
+    return (similarity - mean) * counts
 
 
 def log_saliency(saliency: Tensor, valid: Tensor, eps: Scalar) -> Tensor:

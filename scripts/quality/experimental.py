@@ -37,6 +37,7 @@ from flashvlm_export.primitives import (
     take,
     top_k,
     unit,
+    word_contrast,
 )
 from flashvlm_export.selection import similarity_to_centroids
 
@@ -84,11 +85,8 @@ def _similarity(inputs: SelectionInputs) -> Tensor:
     return unit(inputs.projected) @ unit(inputs.query).transpose(1, 2)  # [B, N, L]
 
 
-def _centre(inputs: SelectionInputs, similarity: Tensor) -> Tensor:
-    """Similarities less their mean over the valid image tokens, zero where either side is padding: [B, N, L]."""
-    real = (inputs.valid[:, :, None] & inputs.query_mask[:, None, :]).float()
-    mean = (similarity * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
-    return (similarity - mean) * real
+def _contrast_of_words(inputs: SelectionInputs) -> Tensor:
+    return word_contrast(inputs.projected, inputs.query, inputs.query_mask, inputs.valid)  # [B, N, L]
 
 
 def _pool(inputs: SelectionInputs, values: Tensor, params: SelectionParams) -> Tensor:
@@ -100,12 +98,12 @@ def _pool(inputs: SelectionInputs, values: Tensor, params: SelectionParams) -> T
 
 def _rare(inputs: SelectionInputs, params: SelectionParams) -> Tensor:
     """Pools similarities less each question token's mean: a word as close to every token says nothing."""
-    return _pool(inputs, _centre(inputs, _similarity(inputs)), params)
+    return _pool(inputs, _contrast_of_words(inputs), params)
 
 
 def _idf(inputs: SelectionInputs, params: SelectionParams) -> Tensor:
     """A sum over the question weighted by how much each word's similarities spread: words must agree on a token."""
-    centred = _centre(inputs, _similarity(inputs))
+    centred = _contrast_of_words(inputs)
     count = inputs.valid.float().sum(1, keepdim=True).clamp_min(1)  # [B, 1]
     spread = (centred.square().sum(1) / count).sqrt()  # [B, L]
     weight = spread / spread.sum(1, keepdim=True).clamp_min(TINY)
@@ -316,7 +314,7 @@ def _quota(inputs: SelectionInputs, scores: Tensor, budget: int, params: Selecti
     """The top by each question token in turn instead of by the pooled score, so that no word takes it all."""
     _, _, count = _split(inputs, scores, budget, params)
     wanted = budget - count
-    centred = _centre(inputs, _similarity(inputs))  # [B, N, L]
+    centred = _contrast_of_words(inputs)  # [B, N, L]
     real = inputs.valid[:, :, None] & inputs.query_mask[:, None, :]
     # Between a word's own scale, on which all words weigh the same, and cosines, on which flat words weigh nothing.
     height = centred.amax(1, keepdim=True).clamp_min(TINY)
