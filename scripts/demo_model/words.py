@@ -39,12 +39,12 @@ def patch_labels(scene: Scene) -> np.ndarray:
     row, column = np.divmod(np.arange(side * side), side)
     own = np.stack([(row + scene.top) * 3 // GRID, (column + scene.left) * 3 // GRID], 1) + 1
 
-    is_thing = shown >= 0
+    is_thing, center = shown >= 0, list(ATTRIBUTES).index("center")  # "ground" comes behind it, row and column last
     labels = np.zeros((side * side, len(ATTRIBUTES)), dtype=np.int64)
-    labels[is_thing, :5] = of_things[shown[is_thing], :5]
-    labels[centers, 5] = 1
-    labels[~is_thing, 6] = GROUNDS.index(scene.ground) + 1
-    labels[:, 7:] = np.where(is_thing[:, None], of_things[shown, 5:], own)
+    labels[is_thing, :center] = of_things[shown[is_thing], :center]
+    labels[centers, center] = 1
+    labels[~is_thing, center + 1] = GROUNDS.index(scene.ground) + 1
+    labels[:, -2:] = np.where(is_thing[:, None], of_things[shown, -2:], own)
     return labels
 
 
