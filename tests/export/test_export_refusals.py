@@ -84,7 +84,10 @@ FLAGS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--budget", "3.5"], ("--budget '3.5'", "whole number")),
     (["--budget", ""], ("--budget ''", "whole number")),
     (["--budget", "64,,128"], ("--budget ''", "whole number")),
-    (["--method", "best"], ("unknown method 'best'", "flashvlm, flashvlm-contrast, flashvlm-published", "uniform, random, none")),
+    (
+        ["--method", "best"],
+        ("unknown method 'best'", "flashvlm-contrast", "flashvlm-published", "uniform, random, none"),
+    ),
     (["--method", "none"], ("--method none keeps every token", "--budget all", "not 4")),
     (["--query", "image"], ("--query", "'image'", "'question', 'prompt'")),
     (["--positions", "any"], ("--positions", "'any'", "'renumber', 'keep'")),
