@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 from rich.console import Console
@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     from quality.variants import Variant
 
 OF_METHODS, OF_OTHERS = (192, 128, 64, 32, 16, 8), (64, 32, 16)  # budgets beside all tokens
+QUESTIONS = {"test": 2100, "check": 700}
+Plan: TypeAlias = "list[tuple[Variant, int]]"  # and budgets
 
 
 def quality(
-    questions: Annotated[int, typer.Option(help="Held-out questions, seven a scene.")] = 2100,
+    questions: Annotated[
+        int | None, typer.Option(help="Held-out questions, seven a scene; if not given, 2,100 of test, 700 of check.")
+    ] = None,
     variants: Annotated[
         str, typer.Option(help="methods, ablations, experimental, all, or names: eta=0.25,idf+merge:eta=0.75.")
     ] = "methods",
@@ -36,7 +40,9 @@ def quality(
     work: Annotated[Path, typer.Option(help="For graphs and answers; a run that was cut short goes on.")] = Path(
         "demo-out/quality"
     ),
-    split: Annotated[str, typer.Option(help="test, to report; check, to choose by.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="test, to report; check, to choose by; if not given, test for methods only.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; every core if not given.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of timing the selection graphs; 0 for none.")] = 30,
     write: Annotated[
@@ -52,17 +58,28 @@ def quality(
         sizes = None if budgets is None else [int(each) for each in budgets.split(",")]
     except (ValueError, FlashVLMError) as error:
         raise typer.BadParameter(str(error)) from None
-    if split not in ("test", "check") or questions < 1 or (sizes and min(sizes) < 1):
+    if split not in (None, *QUESTIONS) or (questions is not None and questions < 1) or (sizes and min(sizes) < 1):
         raise typer.BadParameter("expected --split test or check, --questions and --budgets of at least 1")
     if write and not (write / "quality.md").is_file():
         raise typer.BadParameter(f"--write {write}: there is no quality.md in it; expected docs")
     try:
-        _quality(_plan(wanted, sizes), questions, model, work, split, threads, rounds, write)
+        for of_split, plan in _plans(wanted, sizes, split).items():
+            _quality(plan, questions or QUESTIONS[of_split], model, work, of_split, threads, rounds, write)
     except FlashVLMError as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def _plan(wanted: list[Variant], sizes: list[int] | None) -> list[tuple[Variant, int]]:
+def _plans(wanted: list[Variant], sizes: list[int] | None, split: str | None) -> dict[str, Plan]:
+    """By split: what is offered is reported on questions that nothing was chosen by."""
+    from quality.variants import METHODS
+
+    found: dict[str, list[Variant]] = {}
+    for variant in wanted:
+        found.setdefault(split or ("test" if variant in METHODS else "check"), []).append(variant)
+    return {name: _plan(variants, sizes) for name, variants in found.items()}
+
+
+def _plan(wanted: list[Variant], sizes: list[int] | None) -> Plan:
     """Every variant with each of its budgets, the ones it is compared with included."""
     from quality.variants import METHODS, OFFERED, REFERENCE, RIVALS, known_names
 
@@ -78,7 +95,7 @@ def _plan(wanted: list[Variant], sizes: list[int] | None) -> list[tuple[Variant,
 
 
 def _quality(
-    plan: list[tuple[Variant, int]],
+    plan: Plan,
     questions: int,
     model: str,
     work: Path,
@@ -109,7 +126,7 @@ def _quality(
         backend=f"ONNX Runtime {_version()}, {threads or os.cpu_count()} threads, float32",
     )
     scores = report.Scores(everything, scored)
-    report.write_json(work / report.JSON_FILE, report.to_json(conditions, everything, scored))
+    report.write_json(work / f"{split}.json", report.to_json(conditions, everything, scored))
     whole = f"all {everything.run.tokens} tokens: {everything.by['all'].accuracy:.1%}"
     console.print(f"{whole}; {conditions}", highlight=False)
     _print(console, scores, list(dict.fromkeys(variant.name for variant, _ in plan)))
@@ -117,9 +134,7 @@ def _quality(
         _write(write, scores, conditions, [variant.name for variant, _ in plan])
 
 
-def _score(
-    sitting: Sitting, plan: list[tuple[Variant, int]], rounds: int, step: Callable[[str, int], None]
-) -> tuple[Scored, list[Scored]]:
+def _score(sitting: Sitting, plan: Plan, rounds: int, step: Callable[[str, int], None]) -> tuple[Scored, list[Scored]]:
     """All tokens, and every run of the plan."""
     from quality.measures import score
     from quality.variants import EVERYTHING, RIVALS

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashvlm_export import selection
-from flashvlm_export.baselines import deduplicate
+from flashvlm_export.baselines import cdpruner, deduplicate
 from flashvlm_export.primitives import (
     LOW,
     TINY,
@@ -327,6 +327,12 @@ def _quota(inputs: SelectionInputs, scores: Tensor, budget: int, params: Selecti
     return finish(inputs, top | closest.any(2), top, scores, budget)
 
 
+def _dpp(inputs: SelectionInputs, scores: Tensor, budget: int, params: SelectionParams) -> Selection:
+    """The whole budget as cdpruner does, by these scores."""
+    best = torch.where(inputs.valid, scores, LOW).amax(1, keepdim=True)
+    return cdpruner(inputs, budget, params, lambda *_: scores - best)
+
+
 REST: dict[str, Rest] = {
     "lloyd": _lloyd,
     "lloyd-random": partial(_lloyd, start="random"),
@@ -338,4 +344,5 @@ REST: dict[str, Rest] = {
     "spread": _spread,
     "coverage": _coverage,
     "quota": _quota,
+    "dpp": _dpp,
 }

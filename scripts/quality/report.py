@@ -13,7 +13,7 @@ from quality.measures import ALL, CONFIDENCE, HELD_OUT, RESAMPLES, SEEN, Differe
 from quality.variants import GRIDS, METHODS, OFFERED, REFERENCE, RIVALS, ablation, defaults
 
 SCHEMA_VERSION = 1
-DOCUMENT, PICTURE, JSON_FILE = "quality.md", "quality.png", "quality.json"
+DOCUMENT, PICTURE = "quality.md", "quality.png"
 BY_KIND = (64, 16)  # budgets at which kinds are told apart
 
 

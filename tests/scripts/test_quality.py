@@ -29,7 +29,7 @@ from quality.harness import Given, asked_patches  # noqa: E402
 from quality.measures import Scored, Subset, score  # noqa: E402
 from quality.resolution import interpolated  # noqa: E402
 from quality.results import Run, Sitting  # noqa: E402
-from quality.variants import EVERYTHING, GRIDS, METHODS, RIVALS, Variant, ablation, parse  # noqa: E402
+from quality.variants import EVERYTHING, GRIDS, METHODS, OFFERED, RIVALS, Variant, ablation, parse  # noqa: E402
 from scenes.draw import draw, owners  # noqa: E402
 from scenes.exam import exam  # noqa: E402
 
@@ -176,7 +176,7 @@ def test_command_line(tiny_checkpoint: Path, work: Path, tmp_path: Path) -> None
     common = ("--model", tiny_checkpoint, "--work", work, "--questions", 14, "--rounds", 2, "--budgets", 4)
     done = invoke(*common, "--variants", "uniform,flashvlm")
     assert done.exit_code == 0, done.output
-    written = json.loads((work / "quality.json").read_text())
+    written = json.loads((work / "test.json").read_text())
     runs = {run["variant"]: run for run in written["runs"]}
     assert list(runs) == ["none", "uniform", "flashvlm"]
     assert runs["none"]["tokens"] == 16
@@ -198,9 +198,14 @@ def test_everything_is_exported_and_written(tiny_checkpoint: Path, work: Path, t
     common = ("--model", tiny_checkpoint, "--work", work, "--questions", 7, "--rounds", 1, "--budgets", 4)
     done = invoke(*common, "--variants", "all", "--write", tmp_path)
     assert done.exit_code == 0, done.output
-    runs = {run["variant"]: run for run in json.loads((work / "quality.json").read_text())["runs"]}
-    assert set(runs) == {"none", *(variant.name for variant in parse("all"))}
-    assert runs["downsampled"]["by"]["all"]["kept"] is None
+    methods, others = (
+        {run["variant"]: run for run in json.loads((work / f"{split}.json").read_text())["runs"]}
+        for split in ("test", "check")
+    )
+    assert set(methods) == {"none", *(variant.name for variant in METHODS)}
+    offered = {variant.name for variant in parse("all")} - set(methods)
+    assert set(others) == {"none", *RIVALS, OFFERED, *offered}
+    assert methods["downsampled"]["by"]["all"]["kept"] is None
     after = (tmp_path / "quality.md").read_text()
     for row in ("`downsampled`", "eta 0.25", "`idf+lloyd`"):
         assert f"| {row} |" in after
