@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from demo_model.batches import IGNORED, Turns, pixel_values
+from demo_model.batches import pixel_values
 from demo_model.stages import Demo
+from demo_model.turns import IGNORED, Turns
 from scenes.exam import Item, exam
 
 

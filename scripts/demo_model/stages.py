@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo_model.attention import SEPARATE
-from demo_model.batches import IGNORED, Plan
+from demo_model.batches import Plan
+from demo_model.turns import IGNORED
 from demo_model.words import ATTRIBUTES, OF_THINGS
 from scenes.questions import NUMBERS
 from scenes.world import CHARACTERS, COLORS, GRID, GROUNDS, SHAPES

@@ -18,8 +18,9 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader
 
 from demo_model import build
-from demo_model.batches import Batches, Turns
+from demo_model.batches import Batches
 from demo_model.stages import STAGES, Demo
+from demo_model.turns import Turns
 
 WARM_UP = 100  # steps
 CLIP = 1.0  # of the gradient's norm

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from demo_model import batches, build, ship, train
-from demo_model.batches import IGNORED, Batches, Plan, Turns
+from demo_model.batches import Batches, Plan
 from demo_model.stages import STAGES, Demo, Stage
+from demo_model.turns import IGNORED, Turns
 from demo_model.words import ATTRIBUTES, OF_THINGS
 from scenes.questions import NUMBERS, Question, ask
 from scenes.world import sample_scene
