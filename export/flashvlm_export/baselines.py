@@ -27,13 +27,14 @@ from .primitives import (
     log_saliency,
     members_at,
     one_hot,
-    relevance_only,
     take,
     top_k,
     unit,
 )
 
 MERGE_STEP = 8  # tokens dropped per step of the bipartite deduplication
+PUBLISHED_TEMPERATURE = 0.01 / 2.5  # softmax(r / 0.01) ** 2.5, see text_guided_score
+PUBLISHED_POOL = 0.05
 GAIN_FLOOR = 1e-6  # a DPP gain below this is float32 rounding: the kernel has no rank left
 
 
@@ -41,14 +42,14 @@ def flashvlm_published(inputs: SelectionInputs, budget: int, params: SelectionPa
     """FlashVLM as its authors' code has it (arXiv 2512.20561): half by score, the rest by deduplication.
 
     Their 0.995-quantile step multiplies the sharpened relevance of the top 0.5 % of tokens by ten. Pass the
-    whole prompt as query to match them.
+    whole prompt as query to match them. The temperatures are theirs, whatever params say.
     """
     projected, _, saliency, query, query_mask, valid = inputs
     scores = score(
         projected, query, query_mask, saliency, valid,
-        params.eta, params.temperature, params.pool_temperature, params.eps,
+        params.eta, PUBLISHED_TEMPERATURE, PUBLISHED_POOL, params.eps,
     )  # fmt: skip
-    bonus = _most_relevant(relevance_only(inputs, params, score), query_mask, valid)
+    bonus = _most_relevant(_relevance(inputs, score), query_mask, valid)
     scores = scores + params.eta * math.log(10.0) * bonus.float()
     return _top_and_deduplicated(inputs, scores, budget)
 
@@ -56,6 +57,12 @@ def flashvlm_published(inputs: SelectionInputs, budget: int, params: SelectionPa
 def vispruner(inputs: SelectionInputs, budget: int, params: SelectionParams, score: ScoreFn) -> Selection:
     """VisPruner (arXiv 2412.01818): half by saliency, the rest by deduplication. No question is read."""
     return _top_and_deduplicated(inputs, log_saliency(inputs.saliency, inputs.valid, params.eps), budget)
+
+
+def _relevance(inputs: SelectionInputs, score: ScoreFn) -> Tensor:
+    """r - max r, [B, N] float32, from the fused score: no saliency, no sharpening, a floor out of reach."""
+    projected, _, saliency, query, query_mask, valid = inputs
+    return score(projected, query, query_mask, saliency, valid, 1.0, 1.0, PUBLISHED_POOL, 1e-6)
 
 
 def _most_relevant(relevance: Tensor, query_mask: Tensor, valid: Tensor) -> Tensor:
@@ -154,7 +161,7 @@ def cdpruner(inputs: SelectionInputs, budget: int, params: SelectionParams, scor
     is left of its diagonal. Where the kernel runs out of rank, the most relevant of the rest fill the budget.
     """
     valid = inputs.valid
-    relevance = relevance_only(inputs, params, score)  # r - max r
+    relevance = _relevance(inputs, score)  # r - max r
     span = -torch.where(valid, relevance, 0.0).amin(1, keepdim=True)
     quality = torch.where(valid, 1 + relevance / span.clamp_min(1.0 / HIGH), 0.0)  # [B, N]
     kernel = quality[:, :, None] * gram(inputs.projected) * quality[:, None, :]  # [B, N, N]
@@ -212,7 +219,7 @@ def trim(inputs: SelectionInputs, budget: int, params: SelectionParams, score: S
 
     The mean takes the index of the most relevant token it stands for, so that indices stay distinct.
     """
-    relevance = relevance_only(inputs, params, score)
+    relevance = _relevance(inputs, score)
     top = best_of(relevance, inputs.valid, budget - 1)
     dropped = inputs.valid & ~top
     selection = finish(inputs, top, top, relevance, budget)

@@ -137,7 +137,7 @@ def _configure(trt: Any, config: Any, flags: BuildFlags) -> None:
             config.set_flag(getattr(trt.BuilderFlag, flag))
     # Layer names with the graph paths they come from: flashvlm-profile --trtexec sums by them.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # Half-precision scores divided by a temperature of 0.004 would reorder tokens; TF32 has the same 10 bits.
+    # Half-precision scores divided by a temperature of 0.016 would reorder tokens; TF32 has the same 10 bits.
     config.clear_flag(trt.BuilderFlag.TF32)
 
 

@@ -28,8 +28,9 @@ class SelectionParams:
 
     Args:
         eta: weight of the question against saliency, 0 to 1.
-        pool_temperature: softness of the pooling of a token's similarities over the question's tokens.
-        temperature: sharpness of relevance when it is fused with saliency.
+        pool_temperature: softness of the pooling of a token's similarities over the question's tokens; the methods
+            of other authors have their own.
+        temperature: sharpness of relevance when it is fused with saliency; flashvlm-published has its own.
         eps: floor of normalised saliency and of sharpened relevance.
         top_ratio: share of the budget that goes to the best scores; the rest represents the background.
         iterations: Lloyd iterations of the background partition.
@@ -41,8 +42,8 @@ class SelectionParams:
     """
 
     eta: float = 0.5
-    pool_temperature: float = 0.05
-    temperature: float = 0.004
+    pool_temperature: float = 1.0
+    temperature: float = 0.016
     eps: float = 1e-6
     top_ratio: float = 0.5
     iterations: int = 4
@@ -181,12 +182,6 @@ def log_saliency(saliency: Tensor, valid: Tensor, eps: Scalar) -> Tensor:
     high = saliency.amax(1, keepdim=True)
     scaled = (saliency - low) / (high - low).clamp_min(1.0 / HIGH)
     return torch.maximum(scaled, torch.as_tensor(eps, dtype=torch.float32, device=scaled.device)).log()
-
-
-def relevance_only(inputs: SelectionInputs, params: SelectionParams, score: ScoreFn) -> Tensor:
-    """r - max r, [B, N] float32, from the fused score: no saliency, no sharpening, a floor out of reach."""
-    projected, _, saliency, query, query_mask, valid = inputs
-    return score(projected, query, query_mask, saliency, valid, 1.0, 1.0, params.pool_temperature, 1e-6)
 
 
 def unit(x: Tensor) -> Tensor:

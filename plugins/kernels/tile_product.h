@@ -1,7 +1,7 @@
 // C += A B^T for a tile of 64 rows of A and 64 rows of B over a slice of their common width, by 256 threads.
 //
 // Both the text similarity and the Gram matrix are such products of row-major matrices. float32 stays on the FMA
-// units: TF32 would be off by 5e-4, and the score divides by a temperature of 0.004. float16 and bfloat16 products
+// units: TF32 would be off by 5e-4, and the score divides by a temperature of 0.016. float16 and bfloat16 products
 // are exact in float32 and go through mma.sync (Ampere and later). Tensor cores truncate when they accumulate, so
 // their sums start anew every 64 elements and are added up in registers, rounded to nearest.
 //

@@ -16,8 +16,8 @@ from .kernels import Kernels
 from .record import Job, Record, Skip
 from .references import DEFAULTS, DEGENERATE, ROUNDING, choice64, degenerate, make, score64
 
-# Of the log-score: 2e-6 of a cosine is 2.5e-4 after division by twice the temperature of 0.004.
-SCORE_BOUND = 3e-4
+# Of the log-score: 2e-6 of a cosine is 6.3e-5 after division by twice the temperature of 0.016.
+SCORE_BOUND = 8e-5
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # B, N, D, L: one token, one word; below, at and above every tile, block and stage; many text tiles; many slices.
 SCORES = (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quality.results import Sitting
     from quality.variants import Variant
 
-OF_METHODS, OF_OTHERS = (192, 128, 64, 32, 16, 8), (64, 32, 16)  # budgets beside all tokens
+OF_METHODS, OF_OTHERS = (192, 128, 64, 32, 16, 8), (32, 16)  # budgets beside all tokens
 QUESTIONS = {"test": 2100, "check": 700}
 Plan: TypeAlias = "list[tuple[Variant, int]]"  # and budgets
 
@@ -34,7 +34,7 @@ def quality(
         str, typer.Option(help="methods, ablations, experimental, all, or names: eta=0.25,idf+merge:eta=0.75.")
     ] = "methods",
     budgets: Annotated[
-        str | None, typer.Option(help="Tokens to keep; if not given, 192 to 8 for methods, 64, 32 and 16 for others.")
+        str | None, typer.Option(help="Tokens to keep; if not given, 192 to 8 for methods, 32 and 16 for others.")
     ] = None,
     model: Annotated[str, typer.Option(help="Model that answers: demo, or a LLaVA-1.5 checkpoint folder.")] = "demo",
     work: Annotated[Path, typer.Option(help="For graphs and answers; a run that was cut short goes on.")] = Path(

@@ -59,7 +59,7 @@ METHODS = (
 GRIDS: dict[str, tuple[Any, ...]] = {
     "eta": (0.0, 0.25, 0.5, 0.75, 1.0),
     "temperature": (0.001, 0.004, 0.016, 0.064),
-    "pool_temperature": (0.01, 0.05, 0.2, 1e6),  # 1e6 is the plain mean over the question's tokens
+    "pool_temperature": (0.05, 0.2, 1.0, 1e6),  # 1e6 is the plain mean over the question's tokens
     "top_ratio": (0.0, 0.25, 0.5, 0.75, 1.0),
     "iterations": (0, 1, 2, 4, 8),
     "partition_space": ("features", "projected"),
@@ -74,6 +74,7 @@ OTHER_DEFAULTS = {"query": "question", "positions": "renumber", "rest": "lloyd",
 EXPERIMENTS = (
     *(f"{relevance}+lloyd" for relevance in RELEVANCE if relevance not in ("pooled", "peak")),
     *(f"pooled+{rest}" for rest in REST if rest in ("merge", "merge-all", "spread", "coverage", "quota")),
+    *(f"peak+{rest}" for rest in REST if rest in ("lloyd-farthest", "spread", "coverage", "dpp")),
 )
 
 

@@ -18,6 +18,9 @@ def minmax(x):
     return (x - x.min()) / max(x.max() - x.min(), 1e-300)
 
 
+PUBLISHED = {"temperature": 0.01 / 2.5, "pool_temperature": 0.05}
+
+
 def ref_relevance(projected, query, pool_temperature=0.05):
     out = []
     for token in projected:
@@ -34,11 +37,11 @@ def ref_contrast(projected, query):
     return sum(w * column for w, column in zip(weights, words, strict=True)) / sum(weights)
 
 
-def ref_score(projected, query, saliency, eta=0.5, temperature=0.004, pool_temperature=0.05, eps=1e-6):
+def ref_score(projected, query, saliency, eta=0.5, temperature=0.016, pool_temperature=1.0, eps=1e-6):
     return ref_fuse(ref_relevance(projected, query, pool_temperature), saliency, eta, temperature, eps)
 
 
-def ref_fuse(r, saliency, eta=0.5, temperature=0.004, eps=1e-6):
+def ref_fuse(r, saliency, eta=0.5, temperature=0.016, eps=1e-6):
     a = minmax(saliency)
     return np.array(
         [
@@ -99,7 +102,7 @@ def ref_top_and_representatives(x, score, K):
 
 def ref_published(x, K):
     r = ref_relevance(x.projected, x.query)
-    score = ref_score(x.projected, x.query, x.saliency)
+    score = ref_score(x.projected, x.query, x.saliency, **PUBLISHED)
     for i in best(r, math.ceil(len(r) / 200)):
         score[i] += 0.5 * math.log(10)
     return ref_halves(x, score, K)

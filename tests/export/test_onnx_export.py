@@ -72,7 +72,7 @@ def test_the_score_is_a_local_function_with_attributes(tiny_gqa_bundle: Path) ->
     assert (node.domain, function.domain, function.name) == (graphs.DOMAIN, graphs.DOMAIN, graphs.SCORE_OP)
     assert sorted(function.attribute) == sorted(a.name for a in node.attribute)
     assert {a.name: pytest.approx(a.f) for a in node.attribute} == {
-        "eta": 0.5, "temperature": 0.004, "pool_temperature": 0.05, "eps": 1e-6
+        "eta": 0.5, "temperature": 0.016, "pool_temperature": 1.0, "eps": 1e-6
     }  # fmt: skip
     references = {a.ref_attr_name for n in function.node for a in n.attribute if a.ref_attr_name}
     assert references == set(function.attribute)

@@ -13,7 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_references import REFERENCES, cosine, minmax, ref_relevance, ref_score, ref_trim, ref_visionzip
+from selection_references import (
+    PUBLISHED,
+    REFERENCES,
+    cosine,
+    minmax,
+    ref_relevance,
+    ref_score,
+    ref_trim,
+    ref_visionzip,
+)
 
 from flashvlm.bundle import ModelSpec
 from flashvlm.errors import SelectionError
@@ -97,7 +106,7 @@ def test_closed_form_has_the_ranks_of_the_published_softmax():
     r, a = ref_relevance(item.projected, item.query), np.maximum(minmax(item.saliency), 1e-6)
     sharp = (np.exp(r / 0.01) / np.exp(r / 0.01).sum()) ** 2.5
     published = np.sqrt(a) * np.sqrt(np.maximum(sharp / sharp.max(), 1e-6))
-    closed = ref_score(item.projected, item.query, item.saliency)
+    closed = ref_score(item.projected, item.query, item.saliency, **PUBLISHED)
     assert np.argsort(-published, kind="stable").tolist() == np.argsort(-closed, kind="stable").tolist()
     np.testing.assert_allclose(np.log(published), closed, atol=1e-9)
 
@@ -115,7 +124,7 @@ def test_published_bonus_goes_to_the_most_relevant_half_percent():
     inputs = make(B=3, N=420, D=32, seed=16, masks=True)
     inputs.query_mask[2] = False  # no question, no bonus
     got = select(*inputs, method="flashvlm-published", budget=400)
-    bonus = got.scores - select(*inputs, budget=400).scores
+    bonus = got.scores - select(*inputs, budget=400, params=dataclasses.replace(DEFAULTS, **PUBLISHED)).scores
     for b in (0, 1):
         item, index = valid_part(inputs, b)
         order = np.argsort(-ref_relevance(item.projected, item.query))

@@ -18,8 +18,8 @@ def torch_score(x: SelectionInputs, params: SelectionParams) -> torch.Tensor:
     )  # fmt: skip
 
 
-def check_score(kernels, x: SelectionInputs, params: SelectionParams = DEFAULTS, tolerance=3e-4) -> None:
-    """tolerance: of the log-score; 2e-6 of a cosine is 2.5e-4 after division by twice the temperature of 0.004."""
+def check_score(kernels, x: SelectionInputs, params: SelectionParams = DEFAULTS, tolerance=8e-5) -> None:
+    """tolerance: of the log-score; 2e-6 of a cosine is 6.3e-5 after division by twice the temperature of 0.016."""
     scores = kernels.score(x, params)
     assert kernels.launches in (None, 3)
     exact = score64(x, params)

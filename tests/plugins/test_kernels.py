@@ -199,7 +199,7 @@ def test_refusals(kernels):
     at = memory.data_ptr()
     score = dict.fromkeys(("projected", "query", "query_mask", "saliency", "valid", "scores"), at)
     score |= {"batch": 1, "tokens": 4, "text": 2, "width": 8, "dtype": 0, "mask_bytes": 1}
-    score |= {"eta": 0.5, "temperature": 0.004, "pool_temperature": 0.05, "eps": 1e-6}
+    score |= {"eta": 0.5, "temperature": 0.016, "pool_temperature": 1.0, "eps": 1e-6}
     lloyd = dict.fromkeys(("features", "scores", "valid", "kept", "is_top"), at)
     lloyd |= {"batch": 1, "tokens": 4, "width": 8, "dtype": 0, "mask_bytes": 1}
     lloyd |= {"budget": 2, "top_count": 1, "iterations": 4}

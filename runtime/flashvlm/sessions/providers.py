@@ -52,7 +52,7 @@ class Provider:
         order = {"cpu": [], "cuda": ["cuda"]}.get(self.name, [self.name, "cuda"])
         at = {name: {"device_id": str(self.device)} for name in order}
         if "cuda" in at:
-            # Scores are divided by a temperature of 0.004: the 10 bits of TF32, CUDA's default, would reorder tokens.
+            # Scores are divided by a temperature of 0.016: the 10 bits of TF32, CUDA's default, would reorder tokens.
             at["cuda"]["use_tf32"] = "0"
         return {"providers": [*((PROVIDERS[name], at[name]) for name in order), (PROVIDERS["cpu"], {})]}
 
