@@ -125,9 +125,11 @@ def test_a_conversation_is_the_prompt_of_all_its_turns(pipeline: Pipeline, image
     assert text.count("<image>") == 1
     assert first.text in text
     assert second.prompt_tokens > first.prompt_tokens
-    # The second question guides its own selection.
-    alone = pipeline.generate(image, "And the table?", max_new_tokens=1)
-    assert second.kept.tolist() == alone.kept.tolist()
+    # The second question guides its own selection, whatever was asked before it.
+    other = pipeline.conversation(image)
+    assert other.ask("Is it dark outside?", max_new_tokens=2).kept.tolist() != second.kept.tolist()
+    assert other.ask("And the table?", max_new_tokens=1).kept.tolist() == second.kept.tolist()
+    assert first.kept.tolist() != second.kept.tolist()
 
 
 def test_a_refused_question_leaves_the_conversation_as_it_was(pipeline: Pipeline, image: np.ndarray) -> None:
