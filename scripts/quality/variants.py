@@ -121,7 +121,7 @@ def parse(text: str) -> list[Variant]:
 
 
 def _group(name: str) -> list[Variant]:
-    grid = [ablation(parameter, value) for parameter, values in GRIDS.items() for value in values]
+    grid = [variant for variant in _ablations() if variant not in METHODS]
     experiments = [_named(experiment) for experiment in EXPERIMENTS]
     groups = {"methods": list(METHODS), "ablations": grid, "experimental": experiments}
     groups["all"] = [variant for group in groups.values() for variant in group]

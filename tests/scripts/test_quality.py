@@ -260,6 +260,8 @@ def test_variants() -> None:
     assert (named.method, named.params, named.query) == ("idf+merge", {"eta": 0.75}, "prompt")
     for parameter, values in GRIDS.items():
         assert METHODS[0] in [ablation(parameter, value) for value in values], parameter
+    assert set(command._plans(parse("ablations"), None, None)) == {"check"}
+    assert set(command._plans(parse("all"), None, None)) == {"test", "check"}
     downsampled = next(variant for variant in METHODS if variant.name == "downsampled")
     assert [downsampled.tokens(b) for b in (192, 128, 64, 32, 16, 8)] == [196, 121, 64, 36, 16, 9]
     for bad in ("idf", "idf+nothing", "idf+merge:speed=1", "idf+merge:eta"):
