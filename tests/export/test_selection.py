@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from functools import cache
 
@@ -26,7 +27,7 @@ from selection_references import (
 
 from flashvlm.bundle import ModelSpec
 from flashvlm.errors import SelectionError
-from flashvlm_export import graphs
+from flashvlm_export import cli, graphs
 from flashvlm_export.baselines import deduplication_steps, evenly_spaced
 from flashvlm_export.dialects import DIALECTS
 from flashvlm_export.onnx_export import fake_weights, trace
@@ -485,3 +486,8 @@ def test_score_traces_with_tensor_constants_and_every_size_dynamic():
     program = torch.export.export(Body(), (*tensors, *constants), dynamic_shapes=(sizes,))
     tensors, constants = arguments(B=3, N=50, D=11, L=7, seed=5)
     torch.testing.assert_close(program.module()(*tensors, *constants), text_guided_score(*tensors, *CONSTANTS))
+
+
+def test_flags_have_the_defaults_of_the_parameters():
+    flags = inspect.signature(cli.export).parameters
+    assert {name: flags[name].default for name in dataclasses.asdict(DEFAULTS)} == dataclasses.asdict(DEFAULTS)
