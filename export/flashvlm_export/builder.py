@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flashvlm.bundle import Bundle, GraphSpec, TensorSpec, sha256
+from flashvlm.bundle import Bundle
 from flashvlm.engines import MODULES, BuildFlags, local_capability
 from flashvlm.errors import FlashVLMError
+from flashvlm.files import atomic_file, read_bytes, sha256
+from flashvlm.graph_io import TensorSpec
+from flashvlm.manifest import GraphSpec
 from flashvlm_export import plugin_nodes
 
 # Shapes the compiler tunes for: one decode step's neighbourhood would starve prefill, the maximum starves both.
 TYPICAL = {"batch": 1, "sequence": 128, "query": 32, "prefix": 16, "suffix": 64}
+
+MAX_TIMING_CACHE = 1 << 30  # bytes
 
 Start = Callable[[str, int], Callable[[int], None]]
 
@@ -41,7 +47,7 @@ def build_engine(
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
-    path = bundle.file(graph.file)
+    path = bundle.graph_file(name)
     if not parser.parse(_pinned(path, flags.max_seq, to_plugins), str(path)):
         raise FlashVLMError(f"{trt.__name__} {trt.__version__} cannot take {graph.file}: {_parser_errors(parser)}")
     config = builder.create_builder_config()
@@ -200,18 +206,35 @@ def _timing_cache(config: Any, path: Path | None) -> Iterator[None]:
         return
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cache = config.create_timing_cache(_known(path))
+    except OSError as error:
+        raise FlashVLMError(f"--timing-cache {path}: {error.strerror or error}; name a file of its own") from None
     config.set_timing_cache(cache, ignore_mismatch=False)
     yield
-    with path.with_name(path.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        learned = config.get_timing_cache()
-        if path.exists():
-            learned.combine(config.create_timing_cache(path.read_bytes()), ignore_mismatch=False)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(learned.serialize())
-        partial.replace(path)
+    try:
+        # Of the folder itself: a lock file beside the cache would be one more name to follow.
+        held = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            learned = config.get_timing_cache()
+            if known := _known(path):
+                learned.combine(config.create_timing_cache(known), ignore_mismatch=False)
+            with atomic_file(path) as file:
+                file.write(learned.serialize())
+        finally:
+            os.close(held)
+    except OSError as error:
+        raise FlashVLMError(f"--timing-cache {path} cannot be written: {error.strerror or error}") from None
+
+
+def _known(path: Path) -> bytes:
+    """What a timing cache holds; nothing if there is none yet."""
+    try:
+        return read_bytes(path, MAX_TIMING_CACHE)
+    except FileNotFoundError:
+        return b""
 
 
 def sm_name(capability: str) -> str:

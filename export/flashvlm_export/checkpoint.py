@@ -6,14 +6,22 @@ memory, and the exporter promises to stay small.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashvlm.errors import CheckpointError
+from pydantic import ValidationError
+
+from flashvlm.errors import CheckpointError, FlashVLMError, printable
+from flashvlm.files import open_regular, parse_json
+from flashvlm.files import read_json as read_any_json
+from flashvlm.manifest import first_problem
+from flashvlm_export.config_bounds import checked_config
 
 ALIASES = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
@@ -28,6 +36,8 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 MAX_HEADER = 100 << 20  # the safetensors format's own limit
 HUB_TIMEOUT = 20  # seconds
+MAX_NUMBER = 1 << 48  # of a dimension, or an offset in bytes
+MAX_RANK = 8
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -74,7 +84,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         CheckpointError: nothing there, no config, no safetensors, or a file that is damaged.
     """
     folder = _locate(model, revision)
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     files = _weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
     for file, names in files.items():
@@ -100,12 +110,12 @@ def find_config(model: str, revision: str | None = None) -> tuple[Path, dict[str
         CheckpointError: as ``open_checkpoint``, of the one file.
     """
     path = _locate(model, revision, ["config.json"]) / "config.json"
-    return path, read_json(path)
+    return path, read_config(path)
 
 
 def _locate(model: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(model).expanduser() if model.startswith("~/") else Path(model)
+    if _exists(folder, Path.is_dir):
         if revision is not None:
             raise CheckpointError(f"--revision {revision} is for models on the Hub; {model} is a folder")
         if not (folder / "config.json").is_file():
@@ -164,12 +174,12 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
             raise CheckpointError(f"{index} has no weight_map; download it again")
         files: dict[Path, list[str] | None] = {}
         for name, file in weight_map.items():
-            if not isinstance(file, str) or os.path.basename(file) != file:
+            if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
                 raise CheckpointError(f"{index} places {name} in {file!r}; expected a file name beside it")
             files.setdefault(folder / file, [])
             files[folder / file].append(name)  # type: ignore[union-attr]
         for path in files:
-            if not path.is_file():
+            if not _exists(path, Path.is_file):
                 raise CheckpointError(f"{path.name} is named by {INDEX} but missing from {folder}; download it again")
         return files
     single = folder / SINGLE
@@ -185,15 +195,19 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     """Index of one safetensors file: 8-byte little-endian header size, JSON header, then the data."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    try:
+        opened = open_regular(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}; download it again") from None
+    with opened as stream:
+        size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{file} is truncated or not safetensors ({size} bytes); download it again")
         try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError):
+            header = parse_json(stream.read(length))
+        except ValueError:
             header = None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a damaged safetensors header; download it again")
@@ -205,7 +219,10 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     for name, entry in header.items():
         try:
             code, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if not isinstance(code, str) or not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)):
+            numbers = (*shape, first, last)
+            if not isinstance(code, str) or not all(isinstance(n, int) and 0 <= n < MAX_NUMBER for n in numbers):
+                raise ValueError
+            if len(shape) > MAX_RANK:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{file}: the header entry of {name} is damaged; download it again") from None
@@ -236,15 +253,46 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_any_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}; download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
-def one_line(error: Exception) -> str:
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` with its numbers in range. Raises CheckpointError."""
+    return checked_config(read_json(path))
+
+
+def _exists(path: Path, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(path)
+    except OSError:  # a name that no file can have
+        return False
+
+
+@contextmanager
+def describes_a_model(path: Path) -> Iterator[None]:
+    """transformers, torch and pydantic raise whatever a wrong value leads to, and warn of what they take."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except FlashVLMError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        if isinstance(error, ValidationError):
+            reason = first_problem(error)
+        raise CheckpointError(f"{path} does not describe a model of this family: {reason}; download it again") from None
+
+
+def one_line(error: BaseException) -> str:
     """Libraries explain themselves over many lines; a refusal has one."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(error) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

@@ -63,7 +63,7 @@ def compile(
         max_seq=max_seq,
         max_batch=max_batch,
         max_query=max_query,
-        workspace=None if workspace is None else int(workspace * 2**30),
+        workspace=_workspace(workspace),
         optimization_level=optimization_level,
         timing_cache=timing_cache,
         weight_streaming=weight_streaming,
@@ -77,6 +77,15 @@ def compile(
     _summary(report)
 
 
+def _workspace(gibibytes: float | None) -> int | None:
+    """GiB -> bytes."""
+    if gibibytes is None:
+        return None
+    if not 0 < gibibytes < 1 << 20:  # also refuses NaN
+        raise FlashVLMError(f"--workspace {gibibytes}: expected GiB above 0 and under {1 << 20:,}")
+    return int(gibibytes * 2**30)
+
+
 def _capabilities(text: str | None) -> tuple[str, ...]:
     """``8.9,12.0`` -> its parts, each major.minor."""
     if text is None:
@@ -84,7 +93,7 @@ def _capabilities(text: str | None) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in text.split(","))
     for part in parts:
         major, dot, minor = part.partition(".")
-        if not (dot and major.isdigit() and minor.isdigit()):
+        if not (dot and part.isascii() and len(major) <= 2 and major.isdigit() and len(minor) == 1 and minor.isdigit()):
             raise FlashVLMError(f"--compute-capability {part!r}: expected major.minor, such as 8.9")
     return parts
 

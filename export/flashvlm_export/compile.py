@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashvlm.bundle import Bundle, sha256
+from flashvlm.bundle import ENGINES, Bundle
 from flashvlm.engines import (
     ENGINE_MANIFEST,
-    ENGINES,
+    MAX_BATCH,
     BuildFlags,
     EngineManifest,
     EngineSpec,
@@ -32,9 +32,10 @@ from flashvlm.engines import (
     read_manifest,
 )
 from flashvlm.errors import BundleError, FlashVLMError
+from flashvlm.files import atomic_folder, make_folder, refuse_link, sha256
 from flashvlm_export import plugin_nodes
 from flashvlm_export.builder import Start, build_engine, sm_name
-from flashvlm_export.output import check_space, whole_or_not
+from flashvlm_export.output import check_space, foreign_to_engines
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,11 @@ def compile_bundle(options: CompileOptions, start: Start = lambda *_: lambda _: 
     flags = _flags(options, bundle, trt)
     plugins = () if options.plugins is None else (plugin_nodes.load(options.plugins, bundle, flags, trt),)
     folder = bundle.path / ENGINES / folder_name(options.target, trt.__version__, flags.compute_capabilities)
+    _check_place(folder)
     previous = _previous(folder, flags, trt.__version__, plugins)
     engines: dict[str, EngineSpec] = {}
     reused = []
-    with _engines_folder(folder.parent), whole_or_not(folder, replace=True) as out:
+    with _engines_folder(folder.parent), atomic_folder(folder, replace=True) as out:
         check_space(out, 0 if options.strip_weights else _weight_bytes(bundle))
         for name, graph in bundle.manifest.graphs.items():
             engine = f"{name}.engine"
@@ -120,12 +122,20 @@ def compile_bundle(options: CompileOptions, start: Start = lambda *_: lambda _: 
 @contextmanager
 def _engines_folder(folder: Path) -> Iterator[None]:
     """Makes the folder of all engines, and takes it away again if nothing came of it."""
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # only succeeds while empty
+
+
+def _check_place(folder: Path) -> None:
+    """Refuses a folder for engines that holds anything else, or that a link leads to."""
+    refuse_link(folder.parent)
+    refuse_link(folder)
+    if folder.exists() and (foreign := foreign_to_engines(folder)):
+        raise FlashVLMError(f"{folder} is replaced by new engines, and {foreign} is not part of any; move it away")
 
 
 def _weight_bytes(bundle: Bundle) -> int:
@@ -150,8 +160,11 @@ def _flags(options: CompileOptions, bundle: Bundle, trt: Any) -> BuildFlags:
     max_seq = limit if options.max_seq is None else options.max_seq
     if not 1 < max_seq <= limit:
         raise FlashVLMError(f"--max-seq {max_seq}: expected 2 to {limit}, the capacity of {bundle.path}")
-    if options.max_batch < 1:
-        raise FlashVLMError(f"--max-batch {options.max_batch}: expected at least 1")
+    for option, size, largest in (("batch", options.max_batch, MAX_BATCH), ("query", options.max_query, limit)):
+        if not 1 <= size <= max(largest, 512):
+            raise FlashVLMError(f"--max-{option} {size}: expected 1 to {max(largest, 512)}")
+    if options.workspace is not None and not 0 < options.workspace < 1 << 50:
+        raise FlashVLMError(f"--workspace of {options.workspace} bytes: expected more than 0 and under 2^50")
     return BuildFlags(
         compute_capabilities=_capabilities(options, trt),
         max_seq=max_seq,
@@ -203,4 +216,5 @@ def _previous(folder: Path, flags: BuildFlags, version: str, plugins: tuple[Plug
 
 def _intact(folder: Path, spec: EngineSpec) -> bool:
     path = folder / spec.file
-    return path.is_file() and path.stat().st_size == spec.size and sha256(path) == spec.sha256
+    regular = path.is_file() and not path.is_symlink()
+    return regular and path.stat().st_size == spec.size and sha256(path) == spec.sha256

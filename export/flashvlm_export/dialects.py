@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-DialectName = Literal["modern", "legacy"]
+from flashvlm.graph_io import DialectName
 
 
 class Cache(Protocol):
@@ -32,16 +32,13 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class Dialect:
-    """attention: name in transformers' registry. present_rows: the third dimension of ``present.*``, "capacity" where
-    the graph writes the cache in place, "sequence" where it returns new rows for the runtime to place.
-    operators: all that may occur, None for any of the opset."""
+    """attention: name in transformers' registry. operators: all that may occur, None for any of the opset."""
 
     name: DialectName
     opset: int
     attention: str
     cache: Callable[[Sequence[Tensor], Tensor], Cache]
     rms_norm: Callable[[nn.Module], AbstractContextManager[None]]
-    present_rows: Literal["capacity", "sequence"]
     operators: frozenset[str] | None = None
 
 
@@ -189,8 +186,6 @@ AttentionInterface.register("onnx_node", attention_node)
 AttentionInterface.register("onnx_primitives", attention_primitives)
 
 DIALECTS: dict[DialectName, Dialect] = {
-    "modern": Dialect("modern", 24, "onnx_node", ScatterCache, rms_norm_node, "capacity"),
-    "legacy": Dialect(
-        "legacy", 20, "onnx_primitives", AppendCache, lambda _: nullcontext(), "sequence", LEGACY_OPERATORS
-    ),
+    "modern": Dialect("modern", 24, "onnx_node", ScatterCache, rms_norm_node),
+    "legacy": Dialect("legacy", 20, "onnx_primitives", AppendCache, lambda _: nullcontext(), LEGACY_OPERATORS),
 }

@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import resource
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -17,32 +14,30 @@ from typing import Any, Literal, Protocol
 
 import onnx_ir as ir
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from flashvlm import __version__
-from flashvlm.bundle import (
+from flashvlm.bundle import MANIFEST
+from flashvlm.errors import CheckpointError, FlashVLMError, SelectionError
+from flashvlm.files import atomic_folder, sha256
+from flashvlm.graph_check import check_graph
+from flashvlm.graph_io import DialectName, prefill_graph, select_graph
+from flashvlm.manifest import (
     EMBEDDINGS,
-    MANIFEST,
     PROCESSOR,
     FileSpec,
     GraphSpec,
     Manifest,
     ModelSpec,
     SelectionSpec,
-    first_problem,
-    prefill_graph,
-    select_graph,
-    sha256,
 )
-from flashvlm.errors import CheckpointError, FlashVLMError, SelectionError
-from flashvlm.processor import TextProcessor
 from flashvlm_export import graphs, weights
-from flashvlm_export.checkpoint import Checkpoint, StoredTensor, one_line, open_checkpoint, read_json
-from flashvlm_export.dialects import DIALECTS, DialectName
+from flashvlm_export.checkpoint import Checkpoint, StoredTensor, describes_a_model, open_checkpoint
+from flashvlm_export.dialects import DIALECTS
 from flashvlm_export.families import family_of
 from flashvlm_export.onnx_export import TracedGraph, fake_weights, trace
-from flashvlm_export.output import check_apart, check_out, check_space, whole_or_not
+from flashvlm_export.output import check_apart, check_out, check_space
+from flashvlm_export.processor_files import load_processor, read_by_the_runtime, stop_tokens
 from flashvlm_export.selection import METHODS, SelectionParams
 
 PACKAGES = ("torch", "transformers", "onnx-ir", "onnxscript")
@@ -113,14 +108,14 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
         config._attn_implementation = dialect.attention
         with torch.device("meta"):
             model = family.build(config, graphs.TORCH_DTYPES[dtype]).eval()
-        processor = _load_processor(checkpoint)
+        processor = load_processor(checkpoint)
         spec = family.model_spec(
-            config, Path(options.model).name, dtype, _max_seq(options, config), _eos(checkpoint, processor)
+            config, Path(options.model).name, dtype, _max_seq(options, config), stop_tokens(checkpoint, processor)
         )
     _check_budgets(options, spec)
     with describes_a_model(checkpoint.folder / "preprocessor_config.json"):
         preprocess = family.image_preprocess(processor, config)
-    processor_files, text_tokens = _read_by_the_runtime(processor, checkpoint.folder, spec)
+    processor_files, text_tokens = read_by_the_runtime(processor, checkpoint.folder, spec)
     _check_capacity(options, spec, text_tokens)
     source = match_tensors(family, model, checkpoint, config)
 
@@ -145,7 +140,7 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
     embedding = weights.place([("weight", source[family.embedding_name()], False)], dtype)
     unused = _unused(family, config, source, [p for group in (*placements.values(), embedding) for p in group])
 
-    with whole_or_not(options.out, options.force) as folder:
+    with atomic_folder(options.out, options.force) as folder:
         total = sum(p.nbytes for group in (*placements.values(), embedding) for p in group)
         check_space(folder, total)
         files: dict[str, FileSpec] = {}
@@ -164,6 +159,10 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             name = path.relative_to(folder).as_posix()
             files.setdefault(name, FileSpec(size=path.stat().st_size, sha256=sha256(path)))
+        for graph in wanted:  # what the runtime would refuse is not written
+            spec_of = _graph_spec(graph)
+            sizes = {data: files[data].size for data in spec_of.data}
+            check_graph((folder / spec_of.file).read_bytes(), spec_of.file, sizes)
         manifest = Manifest(
             created_by={"flashvlm": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
             source=options.model,
@@ -190,22 +189,6 @@ def export(options: ExportOptions, progress: Progress | None = None) -> ExportRe
 
 
 # --- checks before any work ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def describes_a_model(path: Path) -> Iterator[None]:
-    """transformers, torch and pydantic raise whatever a wrong value leads to."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except FlashVLMError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        if isinstance(error, ValidationError):
-            reason = first_problem(error)
-        raise CheckpointError(f"{path} does not describe a model of this family: {reason}; download it again") from None
 
 
 def _check_budgets(options: ExportOptions, model: ModelSpec) -> None:
@@ -240,57 +223,6 @@ def _dtype(checkpoint: Checkpoint) -> Any:
     for tensor in checkpoint.tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return max(sizes, key=sizes.__getitem__)
-
-
-def _load_processor(checkpoint: Checkpoint) -> Any:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    try:
-        # The PIL backend: the same pixels wherever torchvision is or is not installed.
-        return transformers.AutoProcessor.from_pretrained(checkpoint.folder, backend="pil", local_files_only=True)
-    except Exception as error:  # transformers raises whatever the missing file led to
-        raise CheckpointError(
-            f"{checkpoint.folder}: the processor (tokenizer, image processor, chat template) does not load: "
-            f"{one_line(error)}; download its files again"
-        ) from None
-
-
-def _read_by_the_runtime(processor: Any, checkpoint: Path, model: ModelSpec) -> tuple[dict[str, bytes], int]:
-    """The files of a bundle's processor folder, and how many tokens of text its shortest prompt has.
-
-    The runtime's own reader tries them, as what it cannot read would be found out only on the device.
-    """
-    if not processor.chat_template:
-        raise CheckpointError(
-            f"{checkpoint} has no chat template; expected chat_template.jinja: copy it from the model's page on the Hub"
-        )
-    question = [{"type": "image"}, {"type": "text", "text": "?"}]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            processor.save_pretrained(folder)
-            prompt = TextProcessor.from_folder(folder).encode(
-                [{"role": "user", "content": question}], model.image_token_id
-            )
-            files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-        except Exception as error:  # the refusals of the reader, and what transformers and tokenizers raise
-            reason = one_line(error).replace(folder, str(checkpoint))
-            raise CheckpointError(f"{checkpoint}: the processor cannot be put in a bundle: {reason}") from None
-    return files, len(prompt.input_ids) - 1
-
-
-def _eos(checkpoint: Checkpoint, processor: Any) -> tuple[int, ...]:
-    """Stop tokens: what generation_config.json says, else the configuration, else the tokenizer."""
-    path = checkpoint.folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    for eos in (
-        generation.get("eos_token_id"),
-        checkpoint.config.get("text_config", {}).get("eos_token_id"),
-        processor.tokenizer.eos_token_id,
-    ):
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (eos,)
-    return ()
 
 
 def match_tensors(family: ModuleType, model: nn.Module, checkpoint: Checkpoint, config: Any) -> dict[str, StoredTensor]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashvlm.bundle import DType, ModelSpec, TensorSpec
+from flashvlm import graph_io
+from flashvlm.graph_io import TensorSpec
+from flashvlm.manifest import ModelSpec
 from flashvlm_export.dialects import Dialect
 from flashvlm_export.plugin_nodes import DOMAIN, LLOYD_OP, SCORE_OP
 from flashvlm_export.selection import METHODS, SelectionInputs, SelectionParams, flashvlm, select
@@ -194,95 +196,23 @@ class Prefill(nn.Module):
         return logits, kept, *present
 
 
-# --- contracts -----------------------------------------------------------------------------------------------------
-
-
-def _spec(name: str, dtype: DType, *shape: int | str) -> TensorSpec:
-    return TensorSpec(name=name, dtype=dtype, shape=shape)
-
-
-def _cache_specs(prefix: str, model: ModelSpec, rows: str = "capacity") -> tuple[TensorSpec, ...]:
-    shape = ("batch", model.num_key_value_heads, rows, model.head_dim)
-    return tuple(
-        _spec(f"{prefix}.{layer}.{part}", model.dtype, *shape)
-        for layer in range(model.num_layers)
-        for part in ("key", "value")
-    )
+# --- graphs ----------------------------------------------------------------------------------------------------------
 
 
 def vision_graph(module: nn.Module, model: ModelSpec, image_size: tuple[int, int], feature_size: int) -> Graph:
-    n = model.num_image_tokens
-    return Graph(
-        "vision",
-        module,
-        (_spec("pixel_values", "float32", "batch", 3, *image_size),),
-        (
-            _spec("image_tokens", model.dtype, "batch", n, model.hidden_size),
-            _spec("features", model.dtype, "batch", n, feature_size),
-            _spec("saliency", "float32", "batch", n),
-        ),
-    )
+    return Graph(graph_io.VISION, module, *graph_io.vision_io(model, image_size, feature_size))
 
 
 def select_graph(module: nn.Module, name: str, budget: int, model: ModelSpec, feature_size: int) -> Graph:
-    n = model.num_image_tokens
-    return Graph(
-        name,
-        module,
-        (
-            _spec("image_tokens", model.dtype, "batch", n, model.hidden_size),
-            _spec("features", model.dtype, "batch", n, feature_size),
-            _spec("saliency", "float32", "batch", n),
-            _spec("valid", "bool", "batch", n),
-            _spec("query_embeds", model.dtype, "batch", "query", model.hidden_size),
-            _spec("query_mask", "bool", "batch", "query"),
-        ),
-        (
-            _spec("visual_embeds", model.dtype, "batch", budget, model.hidden_size),
-            _spec("kept", "int64", "batch", budget),
-            _spec("is_top", "bool", "batch", budget),
-            _spec("scores", "float32", "batch", n),
-        ),
-    )
+    return Graph(name, module, *graph_io.select_io(model, budget, feature_size))
 
 
 def decoder_graph(module: Decoder, model: ModelSpec) -> Graph:
-    return Graph(
-        "decoder",
-        module,
-        (
-            _spec("inputs_embeds", model.dtype, "batch", "sequence", model.hidden_size),
-            _spec("position_ids", "int64", "batch", "sequence"),
-            _spec("cache_position", "int64", "batch"),
-            _spec("num_tokens", "int64", "batch"),
-            *_cache_specs("past_key_values", model),
-        ),
-        (
-            _spec("logits", "float32", "batch", model.vocab_size),
-            *_cache_specs("present", model, module.dialect.present_rows),
-        ),
-    )
+    return Graph(graph_io.DECODER, module, *graph_io.decoder_io(model, module.dialect.name))
 
 
 def prefill_graph(module: nn.Module, name: str, budget: int, model: ModelSpec, image_size: tuple[int, int]) -> Graph:
-    return Graph(
-        name,
-        module,
-        (
-            _spec("pixel_values", "float32", "batch", 3, *image_size),
-            _spec("prefix_embeds", model.dtype, "batch", "prefix", model.hidden_size),
-            _spec("suffix_embeds", model.dtype, "batch", "suffix", model.hidden_size),
-            _spec("num_tokens", "int64", "batch"),
-            _spec("query_embeds", model.dtype, "batch", "query", model.hidden_size),
-            _spec("query_mask", "bool", "batch", "query"),
-            *_cache_specs("past_key_values", model),
-        ),
-        (
-            _spec("logits", "float32", "batch", model.vocab_size),
-            _spec("kept", "int64", "batch", budget),
-            *_cache_specs("present", model),
-        ),
-    )
+    return Graph(name, module, *graph_io.prefill_io(model, budget, image_size))
 
 
 __all__ = [

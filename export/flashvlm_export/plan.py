@@ -27,11 +27,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from flashvlm.bundle import FloatType, ModelSpec
 from flashvlm.errors import CheckpointError, FlashVLMError, SelectionError
+from flashvlm.graph_io import FloatType
+from flashvlm.manifest import ModelSpec
 from flashvlm.profile import allocated_rows
 from flashvlm_export import graphs, weights
-from flashvlm_export.checkpoint import ALIASES, ITEMSIZE, StoredTensor, find_config
+from flashvlm_export.checkpoint import ALIASES, ITEMSIZE, StoredTensor, describes_a_model, find_config
 from flashvlm_export.families import CONFIGS, family_of
 
 # docs/measurements.md, "Engines": bytes of an engine for each byte of its weights, and of memory while building it.
@@ -131,7 +132,8 @@ def plan(options: PlanOptions) -> Plan:
     family = family_of(config_dict)
     dtype = _dtype(options, config_dict, where)
     config, model = _model(family, config_dict, dtype, where)
-    spec: ModelSpec = family.model_spec(config, Path(options.model).name, dtype, None, ())
+    with describes_a_model(Path(where)):
+        spec: ModelSpec = family.model_spec(config, Path(options.model).name, dtype, None, ())
     _check(options, spec)
     parts = _parts(family, config, model, dtype)
     tower, text = config.vision_config, config.text_config
@@ -224,8 +226,6 @@ def _dtype(options: PlanOptions, config: dict[str, Any], where: str) -> FloatTyp
 
 
 def _model(family: ModuleType, config_dict: dict[str, Any], dtype: FloatType, where: str) -> tuple[Any, Any]:
-    from flashvlm_export.exporter import describes_a_model
-
     with describes_a_model(Path(where)):
         config = family.read_config(config_dict)
         with torch.device("meta"):

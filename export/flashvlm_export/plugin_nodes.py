@@ -17,9 +17,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashvlm.bundle import Bundle, sha256
+from flashvlm.bundle import Bundle
 from flashvlm.engines import MODULES, BuildFlags, PluginSpec
 from flashvlm.errors import FlashVLMError
+from flashvlm.files import sha256
 
 DOMAIN = "flashvlm"  # of the nodes, and the plugins' namespace
 VERSION = "1"  # of the plugins

@@ -20,8 +20,8 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from flashvlm.bundle import FileSpec
 from flashvlm.errors import CheckpointError, FlashVLMError
+from flashvlm.manifest import FileSpec
 from flashvlm_export.checkpoint import ITEMSIZE, StoredTensor
 from flashvlm_export.graphs import TORCH_DTYPES
 

@@ -1,114 +1,45 @@
-"""The bundle: the contract between export and runtime.
+"""A bundle folder: the contract between export and runtime.
 
-A bundle is a folder whose ``bundle.json`` lists every graph (names, dtypes and symbolic shapes of its inputs and
-outputs) and every file (size and SHA-256). Nothing outside the folder is needed to run it, and nothing in it is code.
+``bundle.json`` lists every graph (names, dtypes and symbolic shapes of its inputs and outputs) and every file (size and
+SHA-256). Nothing outside the folder is needed to run it, nothing in it is code, and no file is read that it does not
+list.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator
+import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from flashvlm.errors import BundleError
-from flashvlm.images import ImagePreprocess
+from flashvlm.files import digest, open_regular, read_bytes, read_json
+from flashvlm.graph_check import check_graph
+from flashvlm.manifest import PROCESSOR, SCHEMA_VERSION, GraphSpec, Manifest, first_problem
 
 MANIFEST = "bundle.json"
-SCHEMA_VERSION = 1
-EMBEDDINGS = "embed_tokens.safetensors"
-PROCESSOR = "processor"
 ENGINES = "engines"  # what is compiled from the bundle, each folder with a manifest of its own
+MAX_MANIFEST = 16 << 20  # bytes
+MAX_READ = 128 << 20  # bytes of a file that is read whole: a graph without its weights, a tokenizer
 
-FloatType = Literal["float32", "float16", "bfloat16"]
-DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorSpec(_Record):
-    """One input or output of a graph. A dimension is a size, or the name of one that varies from run to run."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int | str, ...]
-
-
-class GraphSpec(_Record):
-    file: str
-    data: tuple[str, ...] = ()
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-class FileSpec(_Record):
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-
-class ModelSpec(_Record):
-    """What the runtime needs to know of the model; shapes in tokens, heads and channels."""
-
-    name: str
-    family: str
-    dtype: FloatType
-    num_image_tokens: int = Field(gt=0)
-    image_grid: tuple[int, int]
-    hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    max_seq: int = Field(gt=0)
-    image_token_id: int
-    eos_token_ids: tuple[int, ...]
-
-
-class SelectionSpec(_Record):
-    method: str
-    query: Literal["question", "prompt"]
-    positions: Literal["renumber", "keep"]
-    budgets: tuple[int, ...]
-    params: dict[str, float | int | str]
-
-
-class Manifest(_Record):
-    schema_version: int = SCHEMA_VERSION
-    created_by: dict[str, str]
-    source: str
-    dialect: Literal["modern", "legacy"]
-    layout: Literal["split", "fused"]
-    model: ModelSpec
-    image: ImagePreprocess
-    selection: SelectionSpec
-    graphs: dict[str, GraphSpec]
-    files: dict[str, FileSpec]
-    unused_tensors: tuple[str, ...] = ()
-
-
-def select_graph(budget: int) -> str:
-    """Name of the selection graph for one budget."""
-    return f"select-k{budget}"
-
-
-def prefill_graph(budget: int) -> str:
-    """Name of the fused vision + select + decoder graph for one budget (``--layout fused``)."""
-    return f"prefill-k{budget}"
+# Device, inode, size and times of a file: while they stay, it is the file that was verified.
+Fingerprint = tuple[int, int, int, int, int]
 
 
 class Bundle:
     """A bundle folder whose manifest parses and whose files are present with their recorded sizes.
 
+    A snapshot in the Hugging Face cache is one too: its files are links to ``blobs`` of the same repository. Every
+    other link out of the folder is refused.
+
     Args:
         path: the folder ``flashvlm-export --out`` wrote.
-        verify: also check the SHA-256 of every file, which reads each of them once.
+        verify: also check the SHA-256 of every file, which reads each of them once. What is loaded later is then what
+            was verified: a file that has changed since is verified again.
 
     Raises:
         BundleError: anything about the folder is not as the manifest says.
@@ -116,23 +47,48 @@ class Bundle:
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
         self.path = Path(path)
+        self._verify = verify
+        self._seen: dict[str, Fingerprint] = {}
+        self._checked: dict[str, Fingerprint] = {}  # graphs whose operators were checked
+        self._lock = threading.Lock()
+        _check_folder(self.path)
+        try:
+            self._root = self.path.resolve()
+        except (OSError, RuntimeError) as error:
+            raise BundleError(f"{self.path}: expected a bundle folder, found: {error}") from None
+        self._blobs = hub_blobs(self._root)
+        self._inside(MANIFEST)
         self.manifest = _read_manifest(self.path)
-        for name, spec in self.manifest.files.items():
-            self._check_file(name, spec.size)
-        for graph in self.manifest.graphs.values():
-            for name in (graph.file, *graph.data):
-                if name not in self.manifest.files:
-                    raise BundleError(
-                        f"{self.path}: {MANIFEST} uses {name!r} but does not list it; export the bundle again"
-                    )
+        for name in self.manifest.files:
+            self._check_size(name)
         if verify:
-            self._verify()
+            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                for _ in pool.map(self._check, self.manifest.files):
+                    pass
 
     def file(self, name: str) -> Path:
-        """Path of a file the manifest lists."""
+        """Path of a file the manifest lists, for a library that opens it by name; it is what it was when verified."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: {name!r} is not part of this bundle; export it again")
-        return self._inside(name)
+        path = self._inside(name)
+        if self._fingerprint(name, path) != self._seen.get(name):
+            self._check(name)
+        return path
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file the manifest lists."""
+        path = self.file(name)
+        try:
+            content = read_bytes(path, MAX_READ)
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+        if self._verify and hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
+            raise BundleError(f"{self.path}/{name} changed while it was read; export the bundle again")
+        return content
+
+    def read_processor(self, name: str) -> bytes:
+        """The content of a file of the ``processor`` folder."""
+        return self.read(f"{PROCESSOR}/{name}")
 
     def graph(self, name: str) -> GraphSpec:
         """Names, dtypes and shapes of one graph, such as ``vision`` or ``select-k64``."""
@@ -140,62 +96,121 @@ class Bundle:
             raise BundleError(f"{self.path}: no graph {name!r}; it has {', '.join(sorted(self.manifest.graphs))}")
         return self.manifest.graphs[name]
 
-    def _inside(self, name: str) -> Path:
-        root = self.path.resolve()
-        try:
-            target = (root / name).resolve()
-        except (OSError, RuntimeError, ValueError):  # a loop of links, or a name no file can have
-            target = root
-        if root not in target.parents:
-            raise BundleError(f"{self.path}: {MANIFEST} names {name!r}, which lies outside the bundle; refused")
-        return target
+    def graph_file(self, name: str) -> Path:
+        """Path of a graph's ONNX file, with its weights beside it, that nothing but our operators is in.
 
-    def _check_file(self, name: str, size: int) -> None:
+        Every library that loads the file gets it from here: none of them is to meet a graph that was not checked.
+        """
+        spec = self.graph(name)
+        path = self.file(spec.file)
+        for data in spec.data:
+            self.file(data)
+        with self._lock:
+            if self._checked.get(name) != (found := self._seen[spec.file]):
+                sizes = {data: self.manifest.files[data].size for data in spec.data}
+                check_graph(self.read(spec.file), f"{self.path}/{spec.file}", sizes)
+                self._checked[name] = found
+        return path
+
+    def _inside(self, name: str) -> Path:
+        """The path of a file that lies in the folder, or that a link of the Hub cache leads to."""
+        path = self.path / name
+        try:
+            target = path.resolve()
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or a name no file can have
+            target = self._root
+        if self._root in target.parents or (self._blobs is not None and target.parent == self._blobs):
+            return path
+        found = f"is a link to {target}" if path.is_symlink() else f"lies in {target.parent}"
+        raise BundleError(f"{self.path}: {name!r} {found}, outside the bundle; refused: copy the file itself there")
+
+    def _fingerprint(self, name: str, path: Path) -> Fingerprint:
+        try:
+            return _fingerprint(os.stat(path))
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+
+    def _check_size(self, name: str) -> None:
         path = self._inside(name)
         if not path.is_file():
             raise BundleError(
                 f"{self.path}: bundle file {name} is missing; copy the whole folder or export the bundle again"
             )
-        found = path.stat().st_size
-        if found != size:
+        found = self._fingerprint(name, path)
+        size = self.manifest.files[name].size
+        if found[2] != size:
             raise BundleError(
-                f"{self.path}: bundle file {name} was resized: expected {size} bytes, found {found}; "
+                f"{self.path}: bundle file {name} was resized: expected {size} bytes, found {found[2]}; "
                 f"copy it again or export the bundle again"
             )
+        self._seen[name] = found
 
-    def _verify(self) -> None:
-        def digest(name: str) -> tuple[str, str]:
-            try:
-                return name, sha256(self._inside(name))
-            except OSError as error:
-                raise BundleError(f"{self.path}/{name} cannot be read: {error.strerror}; copy it again") from None
+    def _check(self, name: str) -> None:
+        """Size and, if asked for, SHA-256 of a file, which is remembered as the one that passed."""
+        self._check_size(name)
+        if not self._verify:
+            return
+        expected = self.manifest.files[name].sha256
+        try:
+            with open_regular(self._inside(name)) as file:
+                before = _fingerprint(os.fstat(file.fileno()))
+                found = digest(file)
+                after = _fingerprint(os.fstat(file.fileno()))
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+        if found != expected or before != after:
+            raise BundleError(
+                f"{self.path}/{name} was edited after export: expected sha256 {expected[:12]}..., found "
+                f"{found[:12]}...; export the bundle again"
+            )
+        self._seen[name] = before
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for name, found in pool.map(digest, self.manifest.files):
-                if found != self.manifest.files[name].sha256:
-                    raise BundleError(
-                        f"{self.path}/{name} was edited after export: expected sha256 "
-                        f"{self.manifest.files[name].sha256[:12]}..., found {found[:12]}...; export the bundle again"
-                    )
+    def _unreadable(self, name: str, error: OSError) -> BundleError:
+        return BundleError(f"{self.path}/{name} cannot be read: {error.strerror or error}; copy it again")
+
+
+def _fingerprint(found: os.stat_result) -> Fingerprint:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def hub_blobs(root: Path) -> Path | None:
+    """``blobs`` of the cached repository that a folder is a snapshot of, or lies in one; None for any other folder.
+
+    The cache's layout: ``models--owner--name/snapshots/REVISION/...``, whose files are links to ``models--.../blobs``.
+    """
+    for snapshot in (root, *root.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and re.match(r"models--[^/]+$", repository.name):
+            blobs = repository / "blobs"
+            return None if blobs.is_symlink() else blobs
+    return None
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        if folder.is_dir():
+            return
+        found = "a file" if folder.exists() else "nothing there"
+    except (OSError, ValueError) as error:  # too long, or with a null byte
+        found = getattr(error, "strerror", None) or str(error)
+    raise BundleError(
+        f"{folder}: expected a bundle folder, found {found}; make one with: flashvlm-export --model MODEL --out DIR"
+    )
 
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
-        raise BundleError(
-            f"{folder}: expected a bundle folder, found {found}; make one with: flashvlm-export --model MODEL --out DIR"
-        )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, MAX_MANIFEST)
     except FileNotFoundError:
         is_checkpoint = (folder / "config.json").is_file()
         what, model = ("is a checkpoint", folder) if is_checkpoint else ("is not a complete bundle", "MODEL")
         raise BundleError(
             f"{folder} {what}: it has no {MANIFEST}; make a bundle with: flashvlm-export --model {model} --out DIR"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{path} cannot be read ({reason}); export the bundle again") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version < 1:
         raise BundleError(f"{path}: expected a schema_version from 1, found {version!r}; export the bundle again")
@@ -208,26 +223,3 @@ def _read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         raise BundleError(f"{path}: {first_problem(error)}; export the bundle again") from None
-
-
-def first_problem(error: ValidationError) -> str:
-    """Which field is wrong and why, without pydantic's many lines."""
-    first = error.errors()[0]
-    return f"field {'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def sha256(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:
-    """SHA-256 of a file in hex, reading 4 MiB at a time."""
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-        on_bytes(len(block))
-    return digest.hexdigest()
-
-
-def _blocks(path: Path, size: int = 4 << 20) -> Iterator[memoryview]:
-    buffer = bytearray(size)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            yield view[:count]

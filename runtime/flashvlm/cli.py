@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flashvlm import cli_support
-from flashvlm.errors import FlashVLMError, ImageError, PromptError, SelectionError
+from flashvlm.errors import FlashVLMError, ImageError, PromptError, SelectionError, printable
 
 if TYPE_CHECKING:
     from flashvlm.pipeline import Answer, Pipeline, Stream
@@ -41,7 +42,10 @@ def run(
     device: Annotated[int, typer.Option(min=0, help="Number of the GPU.")] = 0,
     provider: Annotated[str, typer.Option(help="Of onnxruntime: auto, cpu, cuda, tensorrt or tensorrt-rtx.")] = "auto",
     plugins: Annotated[Path | None, typer.Option(help="Plugin library, for engines that were built with one.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; every core if not given.")] = None,
+    engine_code: Annotated[
+        bool, typer.Option("--engine-code", help="Take engines that carry a TensorRT runtime as code.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, max=512, help="Threads; every core if not given.")] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check every file's SHA-256 first.")] = True,
 ) -> None:
     """Ask a bundle a question about an image."""
@@ -68,6 +72,7 @@ def run(
         "provider": provider,
         "threads": threads,
         "plugins": plugins,
+        "engine_code": engine_code,
     }
     with cli_support.waiting("loading"):
         pipeline = Pipeline.from_bundle(bundle, verify=verify, **place)
@@ -102,7 +107,7 @@ def _drain(start: Callable[[], Stream], silent: bool) -> Answer:
         first = next(stream, "")
     for piece in itertools.chain([first], stream):
         if not silent:
-            typer.echo(piece, nl=False)
+            typer.echo(cli_support.for_terminal(piece), nl=False)
     if not silent:
         typer.echo("")
     assert stream.answer is not None
@@ -157,11 +162,18 @@ def _check_show(path: Path, source: Path | None) -> None:
         raise ImageError("--show needs an --image")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ImageError(f"--show {path}: expected a name ending in .png, .jpg or .webp")
-    if not path.parent.is_dir():
+    try:
+        exists = path.parent.is_dir()
+    except (OSError, ValueError) as error:  # too long, or with a null byte
+        raise ImageError(f"--show {path}: {getattr(error, 'strerror', None) or error}; choose another name") from None
+    if not exists:
         raise ImageError(f"--show {path}: the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ImageError(f"--show {path}: no permission to write in {path.parent}; choose another place")
 
 
 def _save_picture(pipeline: Pipeline, source: Path, prompt: str, answer: Answer, path: Path) -> None:
+    from flashvlm.files import atomic_file
     from flashvlm.images import crop_box, load_image
     from flashvlm.picture import draw_kept
 
@@ -173,14 +185,12 @@ def _save_picture(pipeline: Pipeline, source: Path, prompt: str, answer: Answer,
     box = crop_box(image.size, manifest.image)
     grid = manifest.model.image_grid
     picture = draw_kept(image, answer.kept, answer.is_top, answer.scores, grid, box, prompt, answer.text)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        picture.save(partial, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else path.suffix[1:].upper())
-        partial.replace(path)
+        with atomic_file(path) as file:
+            picture.save(file, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else path.suffix[1:].upper())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise FlashVLMError(f"--show {path} cannot be written: {error.strerror or error}") from None
-    typer.echo(f"wrote {path}", err=True)
+    typer.echo(f"wrote {printable(path)}", err=True)
 
 
 def _print_stats(pipeline: Pipeline, answer: Answer) -> None:

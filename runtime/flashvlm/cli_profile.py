@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from flashvlm import cli_support
-from flashvlm.errors import FlashVLMError, SelectionError
+from flashvlm.errors import FlashVLMError, SelectionError, printable
 
 if TYPE_CHECKING:
     from flashvlm.bundle import Bundle
@@ -45,7 +45,10 @@ def profile(
     plugin: Annotated[list[Path] | None, typer.Option(help="Plugin library for trtexec --dynamicPlugins.")] = None,
     static_plugin: Annotated[list[Path] | None, typer.Option(help="The same for --staticPlugins.")] = None,
     provider: Annotated[str, typer.Option(help="Of onnxruntime: auto, cpu, cuda, tensorrt or tensorrt-rtx.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; every core if not given.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=512, help="Threads; every core if not given.")] = None,
+    engine_code: Annotated[
+        bool, typer.Option("--engine-code", help="Take engines that carry a TensorRT runtime as code.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check every file's SHA-256 first.")] = True,
 ) -> None:
     """Measure vision, selection, prefill and decoding at each budget of a bundle."""
@@ -72,10 +75,10 @@ def profile(
             measured = _drive_trtexec(opened, options, target, plugins, folder, out)
         else:
             place = {"backend": backend, "device": device, "provider": provider, "threads": threads}
-            measured = _measure(bundle, options, place)
+            measured = _measure(opened, options, place | {"verify": verify, "engine_code": engine_code})
         _report(measured, target_ms, None if out is None else folder)
     if out is not None:
-        typer.echo(f"wrote {out}", err=True)
+        typer.echo(f"wrote {printable(out)}", err=True)
 
 
 def _check(backend: str, target_ms: float | None, trtexec: bool) -> None:
@@ -102,22 +105,22 @@ def _budgets(text: str | None, bundle: Bundle) -> tuple[Budget, ...]:
 @contextmanager
 def _folder(out: Path | None) -> Iterator[Path]:
     """Where files go until they are complete: to become ``out``, or to be thrown away."""
-    from flashvlm.report import whole_folder
+    from flashvlm.files import atomic_folder
 
     if out is None:
         with tempfile.TemporaryDirectory(prefix="flashvlm-profile-") as folder:
             yield Path(folder)
     else:
-        with whole_folder(out) as partial:
+        with atomic_folder(out, replace=True) as partial:
             yield partial
 
 
-def _measure(path: Path, options: ProfileOptions, place: dict[str, Any]) -> Profile:
+def _measure(bundle: Bundle, options: ProfileOptions, place: dict[str, Any]) -> Profile:
     from flashvlm.pipeline import Pipeline
     from flashvlm.profile import measure
 
     with cli_support.waiting("loading"):
-        pipeline = Pipeline.from_bundle(path, verify=False, **place)  # it just was
+        pipeline = Pipeline.from_bundle(bundle, **place)
     with cli_support.bars() as bars:
         advance = bars.start("profiling", (options.runs + options.warm_up) * len(options.budgets))
         return measure(pipeline, str(pipeline.backend), options, advance)
@@ -126,8 +129,9 @@ def _measure(path: Path, options: ProfileOptions, place: dict[str, Any]) -> Prof
 def _print_commands(
     bundle: Bundle, options: ProfileOptions, target: Target | None, plugins: dict[str, list[Path]], out: Path | None
 ) -> None:
+    from flashvlm.files import atomic_folder
     from flashvlm.profile import synthetic_prompt
-    from flashvlm.report import TRTEXEC_FOLDER, whole_folder
+    from flashvlm.report import TRTEXEC_FOLDER
     from flashvlm.trtexec import find_engines, jobs, script, write_values
 
     engines = find_engines(bundle, target)
@@ -135,7 +139,7 @@ def _print_commands(
     folder = (Path("report") if out is None else out) / TRTEXEC_FOLDER
     measured = jobs(bundle, options, synthetic_prompt(bundle, options.prompt_tokens)[1], engines)
     if out is not None:
-        with whole_folder(out) as partial:
+        with atomic_folder(out, replace=True) as partial:
             (partial / TRTEXEC_FOLDER).mkdir()
             for job in measured:
                 write_values(job, partial / TRTEXEC_FOLDER)

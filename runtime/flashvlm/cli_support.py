@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,38 +15,73 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from flashvlm.errors import FlashVLMError
+from flashvlm.errors import FlashVLMError, printable
 
 # click's own base class; recent typer carries a private copy of click, so it is reached through what typer exports.
 ClickException: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 REFUSED = 2  # bad input, as for usage errors
 FAILED = 1
+BUG = 70  # EX_SOFTWARE of sysexits.h: the input may be bad, but this is no refusal of it
 INTERRUPTED = 130
+TERMINATED = 143
+DEBUG = "FLASHVLM_DEBUG"
 
 
 def run(app: typer.Typer, name: str) -> None:
-    """Runs a typer app; a refusal is one line on stderr and exit status 2, never a traceback."""
+    """Runs a typer app; a refusal is one line on stderr and exit status 2, never a traceback.
+
+    What is neither a refusal nor a result is a bug, and one line too; FLASHVLM_DEBUG=1 shows where it comes from.
+    """
+    with contextlib.suppress(ValueError):  # not in the main thread: whoever runs it there has its own
+        # By exception, so that what is half written is taken away.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         status = app(prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
     except FlashVLMError as error:
-        status = _refuse(str(error))
+        status = _fail(str(error), REFUSED)
     except ClickException as error:
-        status = _refuse(f"{error.format_message()} (see {name} --help)")
+        status = _fail(f"{error.format_message()} (see {name} --help)", REFUSED)
     except (KeyboardInterrupt, typer.Abort):  # older typer; newer ones return the status
         status = INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output went away (| head); Python would complain once more while closing stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = FAILED
+    except SystemExit as end:
+        status = end.code
+    except MemoryError:
+        status = _fail("out of memory; close other programs, or take a smaller image, batch or model", FAILED)
+    except BaseException as error:  # libraries in Rust panic with classes that are no Exception
+        if isinstance(error, OSError) and error.filename is None:
+            status = _lost_output(error)
+        elif os.environ.get(DEBUG):
+            raise
+        else:
+            status = _fail(f"internal error: {type(error).__name__}: {error}; set {DEBUG}=1 to see where", BUG)
     if status == INTERRUPTED:
         typer.echo("interrupted", err=True)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _refuse(message: str) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return REFUSED
+def _lost_output(error: OSError) -> int:
+    """The reader of our output went away (| head), or its disk is full."""
+    # Python would complain once more while closing stdout.
+    os.dup2(os.open(os.devnull, os.O_RDWR), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return FAILED
+    return _fail(f"cannot write the output: {error.strerror or error}", FAILED)
+
+
+def _fail(message: str, status: int) -> int:
+    with contextlib.suppress(OSError):  # nowhere left to say it
+        typer.echo(f"error: {printable(message)}", err=True)
+    return status
+
+
+def for_terminal(text: str) -> str:
+    """Text of a model or a file for stdout: on a terminal, control characters that it would obey become escapes."""
+    if not sys.stdout.isatty():
+        return text
+    obeyed = {c for c in text if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in obeyed})
 
 
 def new_app() -> typer.Typer:

@@ -1,30 +1,73 @@
-"""The token embedding table: memory-mapped, gathered on the host."""
+"""The token embedding table: rows are read from its file when they are gathered."""
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from flashvlm.errors import BundleError
+from flashvlm.files import open_regular, parse_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+MAX_HEADER = 1 << 20  # bytes; the exporter writes one page
 
 
-def open_table(path: Path, rows: int, width: int) -> np.ndarray:
-    """Maps the one tensor of a safetensors file, [rows,width] in its own dtype; rows are read when gathered.
+class EmbeddingTable:
+    """The one tensor of a safetensors file, [V,D] in its own dtype.
+
+    Rows are read, not mapped: a file cut short under a map ends the process, under a read it is an error. The file
+    stays open, so that rows keep coming from the one that was checked.
 
     Raises:
         BundleError: the file holds something else.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+
+    def __init__(self, path: Path, rows: int, width: int) -> None:
+        self._path = path
+        self.shape = (rows, width)
+        damaged = BundleError(f"{path}: expected a table of {rows} x {width}; export the bundle again")
         try:
-            (entry,) = json.loads(file.read(length)).values()
-            if entry["shape"] != [rows, width]:
-                raise ValueError
-            return np.memmap(path, DTYPES[entry["dtype"]], mode="r", offset=8 + length, shape=(rows, width))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
-            raise BundleError(f"{path}: expected a table of {rows} x {width}; export the bundle again") from None
+            self._file = open_regular(path)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}; export the bundle again") from None
+        try:
+            length = int.from_bytes(self._pread(8, 0), "little")
+            if length > MAX_HEADER:
+                raise damaged
+            header = parse_json(self._pread(length, 8))
+            header.pop("__metadata__", None)
+            (entry,) = header.values()
+            self.dtype = DTYPES[entry["dtype"]]
+            self._start = 8 + length
+            end = self._start + rows * width * self.dtype.itemsize
+            if entry["shape"] != [rows, width] or os.fstat(self._file.fileno()).st_size < end:
+                raise damaged
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise damaged from None
+
+    def __getitem__(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Token ids [T] -> their rows [T,D]."""
+        rows, width = self.shape
+        found = np.empty((len(ids), width), dtype=self.dtype)
+        size = width * self.dtype.itemsize
+        if not size:
+            return found
+        into = found.view(np.uint8).reshape(len(ids), size)
+        for row, token in zip(into, np.asarray(ids).tolist(), strict=True):
+            if not 0 <= token < rows:
+                raise BundleError(f"{self._path}: token id {token} is beyond its {rows} rows; export the bundle again")
+            row[:] = np.frombuffer(self._pread(size, self._start + token * size), dtype=np.uint8)
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        content = os.pread(self._file.fileno(), size, offset)
+        if len(content) != size:
+            raise BundleError(f"{self._path} ended early: it was cut while in use; export the bundle again")
+        return content

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
 import platform
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flashvlm.bundle import Bundle, select_graph
+from flashvlm.bundle import ENGINES, Bundle
 from flashvlm.errors import BundleError, FlashVLMError
+from flashvlm.files import read_json
+from flashvlm.graph_io import select_graph
+from flashvlm.manifest import GraphName, Sha256
 
-ENGINES = "engines"
 ENGINE_MANIFEST = "engine.json"
+MAX_MANIFEST = 1 << 20  # bytes
 
 Target = Literal["tensorrt", "tensorrt-rtx"]
 TARGETS: tuple[Target, ...] = ("tensorrt", "tensorrt-rtx")
@@ -27,8 +29,13 @@ MODULES: dict[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_
 TITLES: dict[Target, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
+MAX_BATCH = 1024
+Capability = Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")]
+EngineFile = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}\.engine$")]
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BuildFlags(_Record):
@@ -37,12 +44,12 @@ class BuildFlags(_Record):
     max_seq and max_batch bound the shapes; workspace is in bytes, None for the compiler's default.
     """
 
-    compute_capabilities: tuple[str, ...]
-    max_seq: int = Field(gt=1)
-    max_batch: int = Field(gt=0)
-    max_query: int = Field(gt=0)
-    workspace: int | None = None
-    optimization_level: int | None = None
+    compute_capabilities: tuple[Capability, ...] = Field(min_length=1, max_length=32)
+    max_seq: int = Field(gt=1, le=1 << 24)
+    max_batch: int = Field(gt=0, le=MAX_BATCH)
+    max_query: int = Field(gt=0, le=1 << 24)
+    workspace: int | None = Field(default=None, gt=0, lt=1 << 50)
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
     weight_streaming: bool = False
     strip_weights: bool = False
     version_compatible: bool = False
@@ -51,11 +58,11 @@ class BuildFlags(_Record):
 class EngineSpec(_Record):
     """One engine: the graph it was built from, and what building it took."""
 
-    file: str
-    size: int
-    sha256: str
-    onnx_sha256: str
-    data_sha256: tuple[str, ...]
+    file: EngineFile
+    size: int = Field(ge=0, lt=1 << 50)
+    sha256: Sha256
+    onnx_sha256: Sha256
+    data_sha256: tuple[Sha256, ...]
     build_seconds: float
     peak_rss: int
 
@@ -64,16 +71,16 @@ class PluginSpec(_Record):
     """A plugin library that engines call. Its place is not recorded: no manifest names code for a runtime to load."""
 
     file: str
-    sha256: str
+    sha256: Sha256
 
 
 class EngineManifest(_Record):
     """plugins: libraries to load into TensorRT's registry before any of the engines."""
 
     target: Target
-    version: str
+    version: Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+-]{0,63}$")]
     flags: BuildFlags
-    engines: dict[str, EngineSpec]
+    engines: dict[GraphName, EngineSpec]
     plugins: tuple[PluginSpec, ...] = ()
 
 
@@ -83,9 +90,12 @@ def folder_name(target: Target, version: str, compute_capabilities: tuple[str, .
 
 
 def read_manifest(folder: Path) -> EngineManifest:
-    """Raises BundleError if the folder holds no readable engine manifest."""
+    """Raises BundleError if the folder holds no readable engine manifest, or a link leads out of it."""
     try:
-        return EngineManifest.model_validate(json.loads((folder / ENGINE_MANIFEST).read_text(encoding="utf-8")))
+        for path in (folder.parent, folder, folder / ENGINE_MANIFEST):
+            if path.is_symlink():
+                raise BundleError(f"{path} is a link; engines are used where they were built: flashvlm-compile")
+        return EngineManifest.model_validate(read_json(folder / ENGINE_MANIFEST, MAX_MANIFEST))
     except (OSError, ValueError, ValidationError):
         raise BundleError(f"{folder} holds no complete engines; build them with: flashvlm-compile") from None
 
@@ -108,6 +118,13 @@ class Engines:
     folder: Path
     manifest: EngineManifest
     capability: str
+
+    def file(self, graph: str) -> Path:
+        """Path of one engine. Raises BundleError if it is anything but a file of the folder."""
+        path = self.folder / self.manifest.engines[graph].file
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(f"{path} is no file of this folder; build it with: {self.rebuild()}")
+        return path
 
     def rebuild(self, **sizes: int) -> str:
         """The command that makes them again, with other max_seq, max_batch or max_query if given."""
@@ -185,7 +202,7 @@ def _problem(
         if spec is None or not built_from(spec, bundle, graph):
             return 3, f"has no engine of this export's {graph}"
         file = folder / spec.file
-        found = file.stat().st_size if file.is_file() else 0
+        found = file.stat().st_size if file.is_file() and not file.is_symlink() else 0
         if found != spec.size:
             return 4, f"holds {spec.file} with {found} of its {spec.size} bytes"
     return 5, None

@@ -1,12 +1,29 @@
 """The one exception base of both packages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def printable(text: object) -> str:
+    """Text on one line that a terminal takes for nothing but text: what it cannot show, or would obey, as an escape.
+
+    Blanks and line breaks become one space each; control characters, bytes that are no text and what turns the
+    direction of reading become ``\\x1b``, ``\\udcff``, ``\\u202e``.
+    """
+    joined = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
+
 
 class FlashVLMError(Exception):
     """A refusal the user can act on.
 
-    The message is one line that names what was expected, what was found and, where one exists, the command
-    or change that mends it. Command lines print it and exit with status 2; anything else that escapes is a bug.
+    The message is one printable line, whatever it quotes, that names what was expected, what was found and, where one
+    exists, the command or change that mends it. Command lines print it and exit with status 2; anything else that
+    escapes is a bug.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
 
 
 class CheckpointError(FlashVLMError):
@@ -27,3 +44,14 @@ class ImageError(FlashVLMError):
 
 class PromptError(FlashVLMError):
     """A prompt is empty, too long or does not match its images."""
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """Around calls of libraries in Rust: their panics are no ``Exception``, and become a RuntimeError here."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from flashvlm.embeddings import EmbeddingTable
 from flashvlm.errors import PromptError
 from flashvlm.sampling import Sampler
 from flashvlm.sessions import Array, Limits, Session
@@ -79,7 +80,7 @@ def check_capacity(rows: list[Row], max_new_tokens: int, limits: Limits) -> int:
 
 def generate_tokens(
     session: Session,
-    embedding: np.ndarray,
+    embedding: EmbeddingTable,
     rows: list[Row],
     sampler: Sampler,
     stop: frozenset[int],

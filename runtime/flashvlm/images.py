@@ -8,7 +8,8 @@ import hashlib
 import io
 import os
 import warnings
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 import PIL.Image
@@ -16,6 +17,13 @@ import PIL.ImageOps
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flashvlm.errors import ImageError
+from flashvlm.files import open_regular
+
+# What is decoded. Pillow reads more than raster files, and hands some to other programs: EPS to Ghostscript.
+COMMON = ("PNG", "JPEG", "GIF", "BMP", "DIB", "PPM")  # what Pillow has without loading its other plugins
+OTHERS = ("WEBP", "TIFF", "AVIF", "JPEG2000", "TGA", "ICO")
+MAX_BYTES = 1 << 30  # of a file: 178 megapixels of four bytes, and some room
+BAND = 1 << 21  # pixels that are converted at a time, where a conversion takes copies
 
 # Pillow's own decompression-bomb error threshold: above it `Image.open` raises whatever we would like.
 MAX_PIXELS = 178_956_970
@@ -61,27 +69,29 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
 def image_digest(image: PIL.Image.Image) -> str:
     """sha256 (hex) of mode, size and pixels: equal for equal pictures, however they were stored."""
     digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height}\n".encode())
-    digest.update(image.tobytes())
+    for box in _bands(image.size):
+        digest.update(image.crop(box).tobytes())
     return digest.hexdigest()
+
+
+Edge = Annotated[int, Field(gt=0, le=4096)]  # pixels: beyond every vision tower there is
 
 
 class ImagePreprocess(BaseModel):
     """How a vision tower wants its pixels. Sizes are (height, width); mean and std apply after rescale."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     resize: Literal["shortest_edge", "exact"]
-    size: tuple[int, int]
+    size: tuple[Edge, Edge]
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    crop: tuple[int, int] | None = None
-    rescale: float = Field(default=1 / 255, gt=0)
+    crop: tuple[Edge, Edge] | None = None
+    rescale: float = Field(default=1 / 255, gt=0, le=1)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @model_validator(mode="after")
     def _check(self) -> "ImagePreprocess":
-        if min(self.size) < 1 or (self.crop and min(self.crop) < 1):
-            raise ValueError(f"expected positive sizes, found size {self.size} and crop {self.crop}")
         if self.resize == "shortest_edge" and self.size[0] != self.size[1]:
             raise ValueError(f"shortest_edge needs size (edge, edge), found {self.size}")
         if self.crop and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
@@ -140,22 +150,22 @@ def _from_path(path: str | bytes) -> PIL.Image.Image:
         remedy = "URLs are not fetched; download it and pass the path"
         raise ImageError(f"{_short(name)}: expected a file, found a URL; {remedy}")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, MAX_BYTES) as file:
             return _open(file, _short(name))
     except FileNotFoundError:
         raise ImageError(f"{_short(name)}: expected an image file, found nothing there; check the path") from None
     except IsADirectoryError:
         raise ImageError(f"{_short(name)}: expected an image file, found a folder; name a file in it") from None
     except (OSError, ValueError) as error:
-        raise ImageError(
-            f"{_short(name)}: expected a readable image file, found: {_reason(error)}; check the path"
-        ) from None
+        reason = _reason(error)
+        expected = reason if reason.startswith("expected") else f"expected a readable image file, found: {reason}"
+        raise ImageError(f"{_short(name)}: {expected}; check the path") from None
 
 
-def _open(file: io.IOBase, name: str) -> PIL.Image.Image:
+def _open(file: BinaryIO, name: str) -> PIL.Image.Image:
     try:
         # Reads the header only; the plugins that look deeper may raise almost anything on a damaged file.
-        image = PIL.Image.open(file)  # type: ignore[arg-type]
+        image = _identify(file)
     except PIL.Image.DecompressionBombError:
         raise ImageError(f"{name}: expected at most {MAX_PIXELS:,} pixels, found more; downscale it first") from None
     except PIL.UnidentifiedImageError:
@@ -163,15 +173,32 @@ def _open(file: io.IOBase, name: str) -> PIL.Image.Image:
     except Exception as error:
         raise ImageError(f"{name}: expected an image, found a damaged file ({_reason(error)}); save it again") from None
     with image:
-        return _decode(image, name)
+        return _decode(image, name, ours=True)
 
 
-def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+def _identify(file: BinaryIO) -> PIL.Image.Image:
+    try:
+        return PIL.Image.open(file, formats=COMMON)
+    except PIL.UnidentifiedImageError:
+        PIL.Image.init()
+        file.seek(0)
+        return PIL.Image.open(file, formats=[name for name in OTHERS if name in PIL.Image.OPEN])
+
+
+def _decode(image: PIL.Image.Image, name: str, ours: bool = False) -> PIL.Image.Image:
+    """``ours``: nobody else has the image, so that it need not be copied; a large one has 700 MB."""
     _check_size(image.size, name)
     try:
-        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+        if ours:
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+        else:
+            image = PIL.ImageOps.exif_transpose(image)
+        return _to_rgb(image)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
+    except MemoryError:
+        raise ImageError(f"{name}: expected an image that fits in memory, found a larger one; downscale it") from None
     except Exception as error:
         # Decoders of damaged files raise OSError, SyntaxError, struct.error, zlib.error, IndexError, ...
         raise ImageError(
@@ -197,10 +224,26 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode in ("La", "RGBa"):  # premultiplied alpha converts to straight alpha only
         image = image.convert(image.mode.upper())
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return PIL.Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Transparency composited on white, in bands: whole, its copies take three times the image's own memory."""
+    out = PIL.Image.new("RGB", image.size)
+    for box in _bands(image.size):
+        band = image.crop(box).convert("RGBA")
+        white = PIL.Image.new("RGBA", band.size, (255, 255, 255, 255))
+        out.paste(PIL.Image.alpha_composite(white, band).convert("RGB"), box)
+    return out
+
+
+def _bands(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes (left, top, right, bottom) from top to bottom that make up an image of ``size``."""
+    width, height = size
+    rows = max(1, BAND // max(1, width))
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
 
 
 def _deep_gray(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -211,7 +254,10 @@ def _deep_gray(image: PIL.Image.Image) -> PIL.Image.Image:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ImageError(f"expected 16-bit gray values in 0..65535, found {low}..{high}; save it as 8 or 16 bits")
-    return PIL.Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    gray = np.empty(values.shape, dtype=np.uint8)
+    for _, top, _, bottom in _bands(image.size):
+        gray[top:bottom] = (values[top:bottom].astype(np.uint32) * 255 + 32767) // 65535
+    return PIL.Image.fromarray(gray).convert("RGB")
 
 
 def _from_array(array: np.ndarray) -> PIL.Image.Image:

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flashvlm.bundle import EMBEDDINGS, PROCESSOR, Bundle
-from flashvlm.embeddings import open_table
+from flashvlm.bundle import Bundle
+from flashvlm.embeddings import EmbeddingTable
 from flashvlm.errors import FlashVLMError, PromptError, SelectionError
 from flashvlm.generation import Row, StopReason, Timings, check_capacity, generate_tokens, row_with_image
 from flashvlm.images import ImageSource, image_digest, load_image, preprocess
+from flashvlm.manifest import EMBEDDINGS, PROCESSOR
 from flashvlm.processor import EncodedPrompt, Message, TextProcessor
 from flashvlm.sampling import Sampler, SamplingParams
 from flashvlm.sessions import Backend, ImageFeatures, Limits, Selected, Session, check_batch
@@ -86,15 +87,15 @@ class Pipeline:
     def __init__(self, bundle: Bundle, session: Session) -> None:
         self.bundle = bundle
         self._session = session
-        self._text = TextProcessor.from_folder(bundle.path / PROCESSOR)
         model = bundle.manifest.model
-        self._embedding = open_table(bundle.file(EMBEDDINGS), model.vocab_size, model.hidden_size)  # [V,D]
+        self._text = TextProcessor.from_files(bundle.read_processor, bundle.path / PROCESSOR, model.vocab_size)
+        self._embedding = EmbeddingTable(bundle.file(EMBEDDINGS), model.vocab_size, model.hidden_size)
         self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
 
     @classmethod
     def from_bundle(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Bundle,
         *,
         backend: str = "auto",
         device: int = 0,
@@ -102,10 +103,12 @@ class Pipeline:
         threads: int | None = None,
         verify: bool = True,
         plugins: str | os.PathLike[str] | None = None,
+        engine_code: bool = False,
     ) -> Pipeline:
         """Opens a bundle.
 
         Args:
+            path: its folder, or a Bundle that is open already.
             backend: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``; ``auto`` takes engines the bundle has for this
                 machine's TensorRT and GPU, else ONNX Runtime.
             device: number of the GPU.
@@ -113,6 +116,7 @@ class Pipeline:
             threads: of ONNX Runtime, within an operator; None for every core.
             verify: check the SHA-256 of every file first; turn off to start large bundles sooner.
             plugins: the library that engines were built with, if with ``flashvlm-compile --plugins``.
+            engine_code: take engines that carry a TensorRT runtime as code (``--version-compatible``).
 
         Raises:
             FlashVLMError: the bundle is damaged, engines asked for are not for this machine, or what it needs is not
@@ -120,9 +124,9 @@ class Pipeline:
         """
         from flashvlm.sessions.backends import open_session
 
-        bundle = Bundle(path, verify=verify)
+        bundle = path if isinstance(path, Bundle) else Bundle(path, verify=verify)
         library = None if plugins is None else Path(plugins)
-        return cls(bundle, open_session(bundle, backend, device, provider, threads, verify, library))
+        return cls(bundle, open_session(bundle, backend, device, provider, threads, verify, library, engine_code))
 
     @property
     def backend(self) -> Backend:
@@ -138,6 +142,7 @@ class Pipeline:
         """Frees what the backend holds. The pipeline is not used afterwards."""
         self._features.clear()
         self._session.close()
+        self._embedding.close()
 
     def __enter__(self) -> Pipeline:
         return self

@@ -4,27 +4,29 @@
 without it.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
 import numpy as np
-from jinja2 import nodes
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from flashvlm.errors import BundleError, PromptError
+from flashvlm.chat_template import ChatTemplate
+from flashvlm.errors import BundleError, PromptError, no_panic
+from flashvlm.files import MAX_JSON, parse_json, read_bytes
+from flashvlm.tokenizer_file import load_tokenizer
 
 Message = Mapping[str, Any]
 
-# What transformers offers to a chat template as variables.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+# Of the messages, and of the prompt made of them: some 100,000 tokens of English. Tokenizing 400,000 emoji as bytes
+# takes 450 MB.
+MAX_CHARACTERS = 400_000
+MAX_PARTS = 1000  # of all messages: each text of the last one is rendered on its own, too
 
 # At most 3 bytes of a character can be missing, and the 4 of the one before are decoded with them: a longer
 # run of replacement characters will never become text.
@@ -54,44 +56,48 @@ class TextProcessor:
     and `{"type": "text", "text": ...}`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str, named_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: str, named_tokens: Mapping[str, str], rows: int | None = None
+    ) -> None:
         # Either may be stored in tokenizer.json, and would cut or pad prompts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.named_tokens = dict(named_tokens)
-        self._template = _compile(template)
+        self._rows = rows
+        self._template = ChatTemplate(template)
         added = tokenizer.get_added_tokens_decoder().items()
         special = {i: token.content for i, token in added if token.special}
         # <unk> stands for ordinary text that the vocabulary lacks.
         self._control = {i: text for i, text in special.items() if text != named_tokens.get("unk_token")}
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "TextProcessor":
+    def from_folder(cls, folder: str | Path, rows: int | None = None) -> "TextProcessor":
+        """`from_files` of a folder. Raises BundleError if a file is missing or malformed."""
+        path = Path(folder)
+        return cls.from_files(lambda name: _read(path / name), path, rows)
+
+    @classmethod
+    def from_files(cls, read: Callable[[str], bytes], where: str | Path, rows: int | None = None) -> "TextProcessor":
         """Read `tokenizer.json`, `chat_template.jinja` and `tokenizer_config.json`.
 
-        Raises BundleError if one is missing or malformed.
+        Args:
+            read: name of one of them -> its content; raises BundleError if there is none.
+            where: the folder they are in, for messages.
+            rows: of the embedding table: no token may be beyond it.
+
+        Raises:
+            BundleError: one of them is malformed, or not of a kind that is safe to use.
         """
-        folder = Path(folder)
+        tokenizer = load_tokenizer(read("tokenizer.json"), f"{where}/tokenizer.json", rows)
+        named = _named_tokens(read("tokenizer_config.json"), f"{where}/tokenizer_config.json")
+        path = f"{where}/chat_template.jinja"
         try:
-            tokenizer = Tokenizer.from_str(_read(folder / "tokenizer.json"))
-        except BundleError:
-            raise
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(f"{folder / 'tokenizer.json'}: expected a tokenizer, found: {error}") from None
-        try:
-            config = json.loads(_read(folder / "tokenizer_config.json"))
-            # A token is a string or an AddedToken dictionary.
-            tokens = {name: config[name] for name in _NAMED_TOKENS if config.get(name)}
-            named = {name: t if isinstance(t, str) else t["content"] for name, t in tokens.items()}
-        except (ValueError, AttributeError, LookupError, TypeError) as error:
-            path = folder / "tokenizer_config.json"
-            raise BundleError(f"{path}: expected a tokenizer configuration, found: {error}") from None
-        try:
-            return cls(tokenizer, _read(folder / "chat_template.jinja"), named)
+            return cls(tokenizer, read("chat_template.jinja").decode("utf-8"), named, rows)
+        except UnicodeDecodeError:
+            raise BundleError(f"{path}: expected UTF-8 text, found other bytes; export the bundle again") from None
         except jinja2.TemplateError as error:
-            path = folder / "chat_template.jinja"
-            raise BundleError(f"{path}: expected a Jinja template, found: {error}") from None
+            raise BundleError(f"{path}: expected a Jinja template, found: {str(error)[:300]}") from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as text. Raises PromptError for malformed messages or ones that the template refuses."""
@@ -114,7 +120,7 @@ class TextProcessor:
         spans = self._question_spans(plain, text)
 
         bos = self.named_tokens.get("bos_token")
-        encoding = self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        encoding = self._tokenize(text, add_special_tokens=not (bos and text.startswith(bos)))
         ids = np.array(encoding.ids, dtype=np.int64)  # [T]
         starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T  # [T] each, in characters
         question = np.zeros(len(ids), dtype=bool)
@@ -135,23 +141,30 @@ class TextProcessor:
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Token ids -> text. Ids outside the vocabulary (padding of the embedding table) are left out."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return _checked(self.tokenizer.decode, [int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, skip_special: bool = True) -> "TextStream":
         """A decoder for tokens that arrive one at a time."""
         return TextStream(self, skip_special)
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.named_tokens
+        flags = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return self._template.render({**flags, **self.named_tokens})
+
+    def _tokenize(self, text: str, add_special_tokens: bool) -> Any:
+        if len(text) > MAX_CHARACTERS:
+            raise PromptError(_too_long("prompt", len(text)))
+        encoding = _checked(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        if self._rows is not None and max(encoding.ids, default=0) >= self._rows:
+            raise PromptError(
+                f"expected tokens of the table of {self._rows} rows, found id {max(encoding.ids)}; "
+                "export the bundle again"
             )
-        except Exception as error:  # a template is a program of the checkpoint: it may fail in any way
-            raise PromptError(f"the chat template refuses these messages: {error}") from None
+        return encoding
 
     def _token_id(self, token: str | int) -> int:
         found = self.tokenizer.token_to_id(token) if isinstance(token, str) else int(token)
-        if found is None or self.tokenizer.id_to_token(found) is None:
+        if found is None or not 0 <= found < 2**32 or self.tokenizer.id_to_token(found) is None:
             raise PromptError(f"image placeholder: expected a token of the vocabulary, found {token!r}")
         return found
 
@@ -163,7 +176,7 @@ class TextProcessor:
         control = {**self._control, image_id: self.tokenizer.id_to_token(image_id)}
         for number, message in enumerate(messages):
             text = "".join(part.get("text", "") for part in message["content"])
-            for i in self.tokenizer.encode(text, add_special_tokens=False).ids:
+            for i in self._tokenize(text, add_special_tokens=False).ids:
                 if i in control:
                     raise PromptError(
                         f"message {number} ({message['role']}): expected plain text, found the control token "
@@ -184,9 +197,8 @@ class TextProcessor:
         parts = [part for part in message["content"] if part.get("text", "").strip()]
         if not parts:
             raise PromptError("expected a question, found an empty prompt; ask something")
-        mark = "\ue000"  # for private use: no template has it
-        while mark in text:
-            mark += "\ue000"
+        # A character for private use, which no template has, and more of them than the text has together.
+        mark = "\ue000" * (1 + max(map(len, re.findall("\ue000+", text)), default=0))
         spans = []
         for part in parts:
             content = [{**p, "text": mark} if p is part else p for p in message["content"]]
@@ -235,51 +247,51 @@ class TextStream:
         return piece
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the model's own words for training; here, its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _compile(template: str) -> jinja2.Template:
-    # The environment of transformers' `apply_chat_template`; sandboxed, as templates come with checkpoints.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment.from_string(template)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own filter escapes <, > and & for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path, MAX_JSON)
     except OSError as error:
-        raise BundleError(f"{path}: expected a file, found: {error.strerror}; export the bundle again") from None
-    except ValueError:
-        raise BundleError(f"{path}: expected UTF-8 text, found other bytes; export the bundle again") from None
+        reason = error.strerror or error
+        raise BundleError(f"{path}: expected a file, found: {reason}; export the bundle again") from None
+
+
+def _named_tokens(content: bytes, path: str) -> dict[str, str]:
+    """What transformers offers to a chat template as variables. A token is a string or an AddedToken dictionary."""
+    try:
+        config = parse_json(content)
+    except ValueError as error:
+        raise BundleError(f"{path}: expected a tokenizer configuration, found: {error}") from None
+    if not isinstance(config, dict):
+        raise BundleError(f"{path}: expected a tokenizer configuration, found a {type(config).__name__}")
+    named = {}
+    for name in _NAMED_TOKENS:
+        token = config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(text, str):
+            raise BundleError(f"{path}: expected text in {name}, found {str(text)[:80]}; export the bundle again")
+        if text:
+            named[name] = text
+    return named
+
+
+def _checked(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of the tokenizers library, which panics at some inputs and raises plain Exception at others."""
+    try:
+        with no_panic():
+            return function(*args, **kwargs)
+    except Exception as error:
+        raise PromptError(f"the tokenizer fails: {str(error)[:300]}; export the bundle again") from None
+
+
+def _too_long(what: str, characters: int) -> str:
+    return f"{what}: expected at most {MAX_CHARACTERS:,} characters, found {characters:,}; shorten the messages"
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages rebuilt of plain strings and lists: templates never see images or other objects."""
     if not messages:
         raise PromptError("messages: expected at least one, found none; add the question")
-    plain = []
+    plain: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, (str, list, tuple)):
@@ -289,6 +301,14 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
             )
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         plain.append({"role": role, "content": [_plain_part(part, number) for part in parts]})
+    texts = [part.get("text", "") for message in plain for part in message["content"]]
+    if len(plain) + len(texts) > MAX_PARTS:
+        raise PromptError(
+            f"messages: expected at most {MAX_PARTS} with their parts, found {len(plain) + len(texts)}; join some"
+        )
+    characters = sum(map(len, texts)) + sum(len(message["role"]) for message in plain)
+    if characters > MAX_CHARACTERS:
+        raise PromptError(_too_long("messages", characters))
     return plain
 
 

@@ -20,9 +20,11 @@ import ml_dtypes
 import numpy as np
 from PIL import Image
 
-from flashvlm.bundle import PROCESSOR, Bundle, Manifest, TensorSpec
+from flashvlm.bundle import Bundle
 from flashvlm.errors import PromptError, SelectionError
 from flashvlm.generation import CACHE_STEP, Timings
+from flashvlm.graph_io import TensorSpec
+from flashvlm.manifest import PROCESSOR, Manifest
 from flashvlm.pipeline import Pipeline
 from flashvlm.processor import EncodedPrompt, TextProcessor
 from flashvlm.sessions import Limits
@@ -253,7 +255,7 @@ def synthetic_prompt(bundle: Bundle, tokens: int) -> tuple[str, EncodedPrompt]:
     Raises:
         PromptError: the template alone takes as many tokens.
     """
-    text = TextProcessor.from_folder(bundle.path / PROCESSOR)
+    text = TextProcessor.from_files(bundle.read_processor, bundle.path / PROCESSOR)
     image_id = bundle.manifest.model.image_token_id
 
     def encode(question: str) -> EncodedPrompt:

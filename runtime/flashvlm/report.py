@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +17,7 @@ from rich.table import Table
 
 from flashvlm.cli_support import megabytes
 from flashvlm.errors import FlashVLMError
+from flashvlm.files import refuse_link
 from flashvlm.picture import INK, MARGIN, MUTED, PANEL, PAPER, RULE, Rgb
 from flashvlm.profile import STAGES, BudgetProfile, Profile, Recommendation, Spread
 from flashvlm.trtexec import over_layers
@@ -34,6 +33,7 @@ def check_out(out: Path, force: bool) -> None:
     """Refuses a place that cannot be written, or that holds anything but an earlier report."""
     if not out.resolve().parent.is_dir():
         raise FlashVLMError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    refuse_link(out)
     if not os.path.lexists(out):
         return
     if not force:
@@ -41,26 +41,6 @@ def check_out(out: Path, force: bool) -> None:
     ours = {JSON_FILE, PICTURE_FILE, TRTEXEC_FOLDER}
     if not out.is_dir() or not {path.name for path in out.iterdir()} <= ours:
         raise FlashVLMError(f"--out {out}: --force replaces only reports, and this holds other files; move it away")
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A hidden sibling of ``out`` that takes its name at the end of the context, or is removed on failure."""
-    out = out.resolve()
-    partial, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("partial", "replaced"))
-    try:
-        partial.mkdir()
-        yield partial
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-    except OSError as error:
-        raise FlashVLMError(f"--out {out} cannot be written: {error.strerror or error}") from None
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for path in (partial, old):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def write(profile: Profile, recommendation: Recommendation | None, folder: Path) -> None:

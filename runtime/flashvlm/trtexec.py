@@ -23,9 +23,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from flashvlm.bundle import Bundle, GraphSpec, prefill_graph, select_graph
+from flashvlm.bundle import Bundle
 from flashvlm.engines import Engines, Target, build_command, built_from, newest_engines
 from flashvlm.errors import FlashVLMError
+from flashvlm.graph_io import prefill_graph, select_graph
+from flashvlm.manifest import GraphSpec
 from flashvlm.processor import EncodedPrompt
 from flashvlm.profile import (
     Budget,
@@ -89,8 +91,9 @@ def find_engines(bundle: Bundle, target: Target | None) -> Engines | None:
     again = f"build them again with: {engines.rebuild()}"
     for graph in bundle.manifest.graphs:
         spec = engines.manifest.engines.get(graph)
-        if spec is None or not (engines.folder / spec.file).is_file() or not built_from(spec, bundle, graph):
+        if spec is None or not built_from(spec, bundle, graph):
             raise FlashVLMError(f"{engines.folder} has no engine of this export's {graph}; {again}")
+        engines.file(graph)
     if engines.manifest.flags.strip_weights:
         again = again.replace(" --strip-weights", "")
         raise FlashVLMError(f"{engines.folder} holds engines without weights, which trtexec cannot fill; {again}")
@@ -178,9 +181,9 @@ def command(
         if engines.manifest.plugins and not (plugins or static_plugins):
             name = engines.manifest.plugins[0].file
             raise FlashVLMError(f"{engines.folder} calls {name}; name it with: flashvlm-profile --plugin .../{name}")
-        line += [f"--loadEngine={engines.folder / engines.manifest.engines[job.graph].file}"]
+        line += [f"--loadEngine={engines.file(job.graph)}"]
     else:
-        line += [f"--onnx={bundle.path / graph.file}", f"--minShapes={_shapes(graph, dict.fromkeys(job.sizes, 1))}"]
+        line += [f"--onnx={bundle.graph_file(job.graph)}", f"--minShapes={_shapes(graph, dict.fromkeys(job.sizes, 1))}"]
         line += [f"--optShapes={shapes}", f"--maxShapes={shapes}"]
         line += ["--stronglyTyped"] if target == "tensorrt" else []  # TensorRT-RTX knows no other mode
         # The option came with TensorRT 10.15, as did what the modern dialect needs; older trtexec refuses it.

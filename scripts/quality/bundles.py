@@ -18,8 +18,9 @@ from typing import Any
 import onnx_ir as ir
 
 from flashvlm import __version__
-from flashvlm.bundle import EMBEDDINGS, Bundle
-from flashvlm.embeddings import open_table
+from flashvlm.bundle import Bundle
+from flashvlm.embeddings import EmbeddingTable
+from flashvlm.manifest import EMBEDDINGS
 from flashvlm_export import baselines, graphs, primitives, selection
 from flashvlm_export.checkpoint import open_checkpoint
 from flashvlm_export.dialects import DIALECTS
@@ -46,7 +47,8 @@ class Shelf:
         """The bundle of the model as it is."""
         bundle = self._bundle(self._checkpoint, "whole")
         spec = bundle.manifest.model
-        experimental.register(open_table(bundle.file(EMBEDDINGS), spec.vocab_size, spec.hidden_size))
+        table = EmbeddingTable(bundle.file(EMBEDDINGS), spec.vocab_size, spec.hidden_size)
+        experimental.register(table[range(spec.vocab_size)])
         selection.METHODS[POOLED], selection.READS[POOLED] = resolution.pooled, frozenset()
         return bundle
 

@@ -51,7 +51,7 @@ def register(embedding: np.ndarray) -> None:
     Args:
         embedding: [V,D], the model's token embeddings, whose mean the null prompt of `debias` and `centred` is.
     """
-    table = torch.from_numpy(np.array(embedding, dtype=np.float32))  # a copy: the table is a read-only map
+    table = torch.from_numpy(embedding.astype(np.float32))
     known = table[table.abs().sum(1) > 0]  # padding of the table is zero
     mean = {"debias": unit(known).mean(0), "centred": known.mean(0)}  # [D]
     for name, relevance in RELEVANCE.items():

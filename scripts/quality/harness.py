@@ -15,10 +15,11 @@ import onnxruntime
 from PIL import Image
 
 from demo_model.words import COVERED
-from flashvlm.bundle import EMBEDDINGS, PROCESSOR, Bundle
-from flashvlm.embeddings import open_table
+from flashvlm.bundle import Bundle
+from flashvlm.embeddings import EmbeddingTable
 from flashvlm.generation import Row, Timings, check_capacity, generate_tokens, row_with_image
 from flashvlm.images import preprocess
+from flashvlm.manifest import EMBEDDINGS, PROCESSOR
 from flashvlm.processor import TextProcessor
 from flashvlm.sampling import Sampler, SamplingParams
 from flashvlm.sessions import ImageFeatures
@@ -66,8 +67,8 @@ class Exam:
         self._model = bundle.manifest.model
         self._threads = threads
         self._session = OnnxRuntimeSession(bundle, "cpu", threads)
-        self._text = TextProcessor.from_folder(bundle.path / PROCESSOR)
-        self._embedding = open_table(bundle.file(EMBEDDINGS), self._model.vocab_size, self._model.hidden_size)
+        self._text = TextProcessor.from_files(bundle.read_processor, bundle.path / PROCESSOR)
+        self._embedding = EmbeddingTable(bundle.file(EMBEDDINGS), self._model.vocab_size, self._model.hidden_size)
         messages = [[_message(item.question.text)] for item in self.items]
         self._prompts = [self._text.encode(each, self._model.image_token_id) for each in messages]
         self._scenes = [list(group) for _, group in groupby(range(len(self.items)), lambda i: self.items[i].scene)]

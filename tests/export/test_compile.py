@@ -14,9 +14,9 @@ from typing import Any
 import onnx
 import pytest
 
-from flashvlm.bundle import sha256
 from flashvlm.engines import read_manifest
 from flashvlm.errors import FlashVLMError
+from flashvlm.files import sha256
 from flashvlm_export.cli_compile import main
 from flashvlm_export.compile import CompileOptions, compile_bundle
 from flashvlm_export.exporter import ExportOptions, export
@@ -126,7 +126,7 @@ assert not {{"torch", "transformers", "onnxruntime"}} & set(sys.modules)
         (("--target", "tensorrt-rtx", "--compute-capability", "3.5"), "builds for 7.5"),
         ((*RTX, "--max-seq", "1"), "--max-seq 1: expected 2 to"),
         ((*RTX, "--max-seq", "100000"), "the capacity of"),
-        ((*RTX, "--max-batch", "0"), "expected at least 1"),
+        ((*RTX, "--max-batch", "0"), "expected 1 to 1024"),
         ((*RTX, "--version-compatible"), "leave that option out"),
         (("--target", "onnx"), "onnx"),
         (("--optimization-level", "9"), "--optimization-level"),
@@ -149,7 +149,9 @@ def test_float32_attention_is_refused_before_the_build(tiny_gqa_bundle: Path) ->
     assert not (tiny_gqa_bundle / "engines").exists()
 
 
-def test_a_graph_the_compiler_cannot_take_is_refused_by_operator(half: Path) -> None:
+def test_a_graph_the_compiler_cannot_take_is_refused_by_operator(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of ours that an older compiler does not know; the check for those of others comes before it."""
+    monkeypatch.setattr("flashvlm.bundle.check_graph", lambda *_: None)
     path = half / "select-k5.onnx"
     model = onnx.load(path)
     node = next(n for n in model.graph.node if n.op_type == "GatherElements")

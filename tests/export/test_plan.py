@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import checkpoints
-from flashvlm.bundle import EMBEDDINGS, Bundle
+from flashvlm.bundle import Bundle
+from flashvlm.manifest import EMBEDDINGS
 from flashvlm.profile import kv_bytes
 from flashvlm_export.cli import main
 from flashvlm_export.families import CONFIGS

@@ -91,7 +91,7 @@ def test_the_fused_graph_has_them_too(request: pytest.FixtureRequest) -> None:
 
 
 def test_a_partition_of_projected_tokens_reads_those() -> None:
-    from flashvlm.bundle import ModelSpec
+    from flashvlm.manifest import ModelSpec
     from flashvlm_export import graphs
     from flashvlm_export.dialects import DIALECTS
     from flashvlm_export.onnx_export import fake_weights, trace
@@ -180,7 +180,8 @@ def stand_in(*known: str) -> Any:
 
 
 def test_the_library_is_loaded_and_recorded(tiny_gqa_half_bundle: Path, tmp_path: Path) -> None:
-    from flashvlm.bundle import Bundle, sha256
+    from flashvlm.bundle import Bundle
+    from flashvlm.files import sha256
 
     library = tmp_path / "libflashvlm_plugins.so"
     library.write_bytes(b"a library")
@@ -214,10 +215,12 @@ def test_trtexec_is_given_the_library_of_the_engines(tiny_gqa_half_bundle: Path,
 
     bundle = Bundle(tiny_gqa_half_bundle)
     flags = BuildFlags(compute_capabilities=("8.7",), max_seq=128, max_batch=1, max_query=64)
+    digest = "0" * 64
     spec = EngineSpec(
-        file="vision.engine", size=1, sha256="0", onnx_sha256="0", data_sha256=(), build_seconds=1, peak_rss=1
+        file="vision.engine", size=1, sha256=digest, onnx_sha256=digest, data_sha256=(), build_seconds=1, peak_rss=1
     )
-    library = PluginSpec(file="libflashvlm_plugins.so", sha256="0")
+    (tmp_path / "vision.engine").touch()
+    library = PluginSpec(file="libflashvlm_plugins.so", sha256=digest)
     manifest = EngineManifest(
         target="tensorrt", version="10.13.0", flags=flags, engines={"vision": spec}, plugins=(library,)
     )

@@ -25,8 +25,8 @@ from selection_references import (
     ref_visionzip,
 )
 
-from flashvlm.bundle import ModelSpec
 from flashvlm.errors import SelectionError
+from flashvlm.manifest import ModelSpec
 from flashvlm_export import cli, graphs
 from flashvlm_export.baselines import deduplication_steps, evenly_spaced
 from flashvlm_export.dialects import DIALECTS

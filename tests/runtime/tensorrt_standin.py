@@ -20,8 +20,10 @@ import onnxruntime
 import pytest
 from cuda_standin import POISON, Driver
 
-from flashvlm.bundle import Bundle, GraphSpec, sha256
+from flashvlm.bundle import Bundle
 from flashvlm.engines import ENGINE_MANIFEST, ENGINES, BuildFlags, EngineManifest, EngineSpec, Target, folder_name
+from flashvlm.files import sha256
+from flashvlm.manifest import GraphSpec
 from flashvlm.sessions import cuda
 from flashvlm.sessions.contract import NUMPY_DTYPES
 

@@ -185,7 +185,9 @@ def _rtx_refusal(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_version_compatible_engines_load_in_later_versions(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(bundle, version="10.3.0.26", version_compatible=True)
     install(monkeypatch)
-    assert Pipeline.from_bundle(bundle).backend.name == "tensorrt"
+    with pytest.raises(FlashVLMError, match="loaded as code; if you built them yourself, allow it with --engine-code"):
+        Pipeline.from_bundle(bundle, backend="tensorrt")
+    assert Pipeline.from_bundle(bundle, engine_code=True).backend.name == "tensorrt"
     install(monkeypatch, version="10.2.0")
     assert "was built by TensorRT 10.3.0.26" in refusal(bundle)
 
@@ -231,7 +233,7 @@ def test_engines_with_plugins_ask_for_the_library(
     library.write_bytes(b"library")
     trt.get_plugin_registry = lambda: SimpleNamespace(load_library=loaded.append)
     manifest = json.loads((folder / "engine.json").read_text())
-    from flashvlm.bundle import sha256
+    from flashvlm.files import sha256
 
     manifest["plugins"] = [{"file": library.name, "sha256": sha256(library)}]
     (folder / "engine.json").write_text(json.dumps(manifest))

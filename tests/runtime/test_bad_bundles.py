@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flashvlm.bundle import sha256
 from flashvlm.cli import main
+from flashvlm.files import sha256
 from refusals import assert_refused, copy_of, run
 
 QUESTION = ("--prompt", "What is it?")
@@ -49,10 +49,53 @@ def list_file(folder: Path, name: str) -> None:
     manifest(lambda m: m["files"].update({name: spec}))(folder)
 
 
+def rename_tensor(graph: str, old: str, new: str) -> Edit:
+    """In the manifest and in the ONNX file, so that they agree with each other."""
+
+    def edit(folder: Path) -> None:
+        onnx = pytest.importorskip("onnx")
+        model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
+        for value in (*model.graph.input, *model.graph.output):
+            value.name = new if value.name == old else value.name
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [new if name == old else name for name in names]
+        onnx.save(model, folder / f"{graph}.onnx")
+        list_file(folder, f"{graph}.onnx")
+        content = json.loads((folder / "bundle.json").read_text())
+        for tensor in (*content["graphs"][graph]["inputs"], *content["graphs"][graph]["outputs"]):
+            tensor["name"] = new if tensor["name"] == old else tensor["name"]
+        (folder / "bundle.json").write_text(json.dumps(content))
+
+    return edit
+
+
+def vocabulary(rows: int) -> Edit:
+    """Another size, wherever the manifest says it."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["model"]["vocab_size"] = rows
+        content["graphs"]["decoder"]["outputs"][0]["shape"][1] = rows
+
+    return manifest(change)
+
+
+def bfloat16(folder: Path) -> None:
+    """The manifest of a bfloat16 bundle."""
+    path = folder / "bundle.json"
+    content = json.loads(path.read_text())
+    content["model"]["dtype"] = "bfloat16"
+    for graph in content["graphs"].values():
+        for tensor in (*graph["inputs"], *graph["outputs"]):
+            if tensor["dtype"] == "float32" and tensor["name"] not in ("pixel_values", "saliency", "scores", "logits"):
+                tensor["dtype"] = "bfloat16"
+    path.write_text(json.dumps(content))
+
+
 MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "not JSON": (text("{"), ("bundle.json cannot be read", "export the bundle again")),
     "not UTF-8": (lambda folder: (folder / "bundle.json").write_bytes(b"\xff{}"), ("bundle.json cannot be read",)),
-    "nested without end": (text("[" * 100_000), ("bundle.json cannot be read", "recursion")),
+    "nested without end": (text("[" * 100_000), ("bundle.json cannot be read", "nested over 64 deep")),
     "a list": (text("[]"), ("schema_version", "None")),
     "no schema": (manifest(lambda m: m.pop("schema_version")), ("schema_version", "None")),
     "schema of text": (manifest(lambda m: m.update(schema_version="1")), ("schema_version", "'1'")),
@@ -66,21 +109,67 @@ MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "field of another kind": (manifest(lambda m: m.update(files=[])), ("field files",)),
     "negative size": (manifest(lambda m: m["model"].update(max_seq=-1)), ("field model.max_seq", "greater than 0")),
     "sha256 too short": (manifest(lambda m: m["files"]["vision.onnx"].update(sha256="00")), ("vision.onnx.sha256",)),
-    "file not listed": (manifest(lambda m: m["files"].pop("vision.data")), ("uses 'vision.data'", "does not list it")),
+    "file not listed": (manifest(lambda m: m["files"].pop("vision.data")), ("uses 'vision.data'", "does not list")),
     "table not listed": (manifest(lambda m: m["files"].pop("embed_tokens.safetensors")), ("embed_tokens.safetensors",)),
     "graph not there": (manifest(lambda m: m["graphs"].pop("decoder")), ("no graph 'decoder'", "it has select-k4")),
     "other names": (
         manifest(lambda m: m["graphs"]["vision"]["inputs"][0].update(name="pixels")),
-        ("vision.onnx does not have the inputs and outputs",),
+        ("graph vision does not have the inputs of its contract", "expected pixel_values", "found pixels"),
+    ),
+    "other names, the graph's too": (
+        rename_tensor("vision", "pixel_values", "pixels"),
+        ("graph vision does not have the inputs of its contract", "expected pixel_values", "found pixels"),
     ),
     "other vocabulary": (
         manifest(lambda m: m["model"].update(vocab_size=9)),
-        ("embed_tokens.safetensors", "expected a table of 9 x 48"),
+        ("field model", "is beyond the table of 9 rows"),
+    ),
+    "larger vocabulary": (
+        vocabulary(1000),
+        ("embed_tokens.safetensors", "expected a table of 1000 x 48"),
     ),
     "bfloat16 on a CPU": (
-        manifest(lambda m: m["model"].update(dtype="bfloat16")),
+        bfloat16,
         ("is bfloat16", "--dtype float32", "pip install 'flashvlm[gpu]'"),
     ),
+    "unknown symbol": (
+        manifest(lambda m: m["graphs"]["vision"]["inputs"][0]["shape"].__setitem__(0, "many")),
+        ("field graphs.vision.inputs.0.shape.0", "one of batch, sequence", "found 'many'"),
+    ),
+    "negative dimension": (
+        manifest(lambda m: m["graphs"]["vision"]["inputs"][0]["shape"].__setitem__(1, -3)),
+        ("field graphs.vision.inputs.0.shape.1", "expected a size from 1", "found -3"),
+    ),
+    "image token below zero": (
+        manifest(lambda m: m["model"].update(image_token_id=-1)),
+        ("field model.image_token_id", "greater than or equal to 0"),
+    ),
+    "stop token beyond the table": (
+        manifest(lambda m: m["model"].update(eos_token_ids=[10**6])),
+        ("field model", "token id 1000000 is beyond the table of 514 rows"),
+    ),
+    "a grid that does not match": (
+        manifest(lambda m: m["model"].update(image_grid=[4, 5])),
+        ("field model", "expected an image_grid of 16 tokens, found (4, 5)"),
+    ),
+    "counts of 10^12": (
+        manifest(lambda m: m["model"].update(num_layers=10**12)),
+        ("field model.num_layers", "less than or equal to 1024"),
+    ),
+    "shortest edge of 10^9": (
+        manifest(lambda m: m["image"].update(size=[10**9, 10**9])),
+        ("field image.size.0", "less than or equal to 4096"),
+    ),
+    "budgets without end": (
+        manifest(lambda m: m["selection"].update(budgets=[4, 4])),
+        ("expected different budgets up to 16, found (4, 4)",),
+    ),
+    "a budget without its graph": (
+        manifest(lambda m: m["selection"].update(budgets=[4, 7, 9])),
+        ("expected the graphs decoder, select-k4, select-k7, select-k9, vision", "found another set: select-k9"),
+    ),
+    "not a number": (text('{"schema_version": NaN}'), ("bundle.json cannot be read", "NaN is not JSON")),
+    "digits without end": (text('{"schema_version": ' + "9" * 10_000 + "}"), ("bundle.json cannot be read",)),
 }
 
 
@@ -98,7 +187,7 @@ def test_graph_that_takes_other_shapes(bundle: Path, tmp_path: Path) -> None:
     manifest(smaller)(bundle)
     Image.new("RGB", (30, 30)).save(tmp_path / "picture.png")
     ran = run(main, bundle, *QUESTION, "--image", tmp_path / "picture.png")
-    assert_refused(ran, "ONNX Runtime failed in vision.onnx", "pixel_values")
+    assert_refused(ran, "vision.onnx does not have the inputs and outputs its manifest lists")
 
 
 def test_prompt_beyond_the_capacity(bundle: Path) -> None:
@@ -170,9 +259,9 @@ def test_damaged_file(name: str, bundle: Path) -> None:
 
 # Damage that the checksum cannot tell, because the manifest was made to match.
 FORGED: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
-    "graph": ("vision.onnx", b"nothing", ("ONNX Runtime cannot load", "vision.onnx")),
-    "empty graph": ("decoder.onnx", b"", ("ONNX Runtime cannot load", "decoder.onnx")),
-    "weights cut": ("vision.data", b"1234", ("ONNX Runtime cannot load", "vision.onnx")),
+    "graph": ("vision.onnx", b"nothing", ("vision.onnx", "expected fields of ModelProto")),
+    "empty graph": ("decoder.onnx", b"", ("decoder.onnx", "expected an IR version")),
+    "weights cut": ("vision.data", b"1234", ("vision.onnx", "within the 4 bytes of vision.data")),
     "table": ("embed_tokens.safetensors", b"nothing", ("embed_tokens.safetensors", "export the bundle again")),
     "table with an endless header": ("embed_tokens.safetensors", b"\xff" * 64, ("embed_tokens.safetensors", "table")),
     "tokenizer": ("processor/tokenizer.json", b"{}", ("tokenizer.json", "expected a tokenizer")),
@@ -195,7 +284,7 @@ def test_forged_file(name: str, content: bytes, expected: tuple[str, ...], bundl
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", ".", "", "a/../../b", "a\0b"])
 def test_listed_file_outside(name: str, bundle: Path) -> None:
     manifest(lambda m: m["files"].update({name: {"size": 1, "sha256": "0" * 64}}))(bundle)
-    refused(bundle, repr(name), "outside the bundle")
+    refused(bundle, "is not the name of a file in the bundle")
 
 
 @pytest.mark.parametrize("name", ["vision.data", "processor/tokenizer.json", "vision.onnx"])
@@ -215,19 +304,3 @@ def test_links_in_a_circle(bundle: Path) -> None:
     (bundle / "vision.data").unlink()
     (bundle / "vision.data").symlink_to("vision.data")
     refused(bundle, "vision.data")
-
-
-@pytest.mark.parametrize("location", ["../outside.data", "/etc/passwd", "{folder}/vision.data", "link.data", ""])
-def test_weights_outside(location: str, bundle: Path, tmp_path: Path) -> None:
-    """The manifest lists what the graph file does not say: ONNX Runtime >= 1.31 is what keeps to the folder."""
-    onnx = pytest.importorskip("onnx")
-    shutil.copy(bundle / "vision.data", tmp_path / "outside.data")
-    (bundle / "link.data").symlink_to(tmp_path / "outside.data")
-    model = onnx.load(bundle / "vision.onnx", load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = location.format(folder=bundle)
-    onnx.save(model, bundle / "vision.onnx")
-    list_file(bundle, "vision.onnx")
-    refused(bundle, "ONNX Runtime cannot load", "vision.onnx", "xternal data")

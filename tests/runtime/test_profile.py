@@ -14,6 +14,7 @@ from PIL import Image
 from flashvlm import FlashVLMError, Pipeline
 from flashvlm.bundle import Bundle
 from flashvlm.cli_profile import main
+from flashvlm.files import atomic_folder
 from flashvlm.generation import Timings
 from flashvlm.profile import (
     BudgetProfile,
@@ -29,7 +30,7 @@ from flashvlm.profile import (
     synthetic_photo,
     synthetic_prompt,
 )
-from flashvlm.report import draw, to_json, whole_folder
+from flashvlm.report import draw, to_json
 from flashvlm.sessions.onnxruntime import OnnxRuntimeSession
 from refusals import assert_refused, run
 
@@ -210,7 +211,7 @@ def test_pictures_fit_any_number_of_budgets(count: int, scale: float, tiny_bundl
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     def fail_half_way() -> None:
-        with whole_folder(tmp_path / "report") as partial:
+        with atomic_folder(tmp_path / "report", replace=True) as partial:
             (partial / "profile.json").write_text("{}")
             raise KeyboardInterrupt
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
-from flashvlm.bundle import FloatType, ModelSpec
 from flashvlm.errors import CheckpointError
+from flashvlm.graph_io import FloatType
 from flashvlm.images import ImagePreprocess
+from flashvlm.manifest import ModelSpec
+from flashvlm_export.config_bounds import refuse_unlike_attention
 
 NAME = "llava"
 VISION_TYPES = ("clip_vision_model",)
@@ -97,6 +99,7 @@ def read_config(config: dict[str, Any]) -> LlavaConfig:
             raise CheckpointError(f"config.json: {part} is {found}; family {NAME} has an object there")
     if "quantization_config" in config:
         raise CheckpointError("config.json: the checkpoint is quantized; expected float16, bfloat16 or float32 weights")
+    refuse_unlike_attention(config["text_config"])
     parsed = LlavaConfig.from_dict(config)
     for part, found, expected in (
         ("vision_config.model_type", parsed.vision_config.model_type, VISION_TYPES),

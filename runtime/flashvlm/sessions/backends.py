@@ -21,6 +21,7 @@ def open_session(
     threads: int | None = None,
     verify: bool = True,
     plugins: Path | None = None,
+    engine_code: bool = False,
 ) -> Session:
     """A session of the backend asked for; ``auto`` takes engines that fit this machine, else ONNX Runtime.
 
@@ -34,22 +35,24 @@ def open_session(
     if backend in TARGETS:
         if provider != "auto":
             raise FlashVLMError(f"provider {provider!r} is of ONNX Runtime; leave it out, or take backend onnxruntime")
-        return _tensorrt(bundle, backend, device, verify, plugins)
+        return _tensorrt(bundle, backend, device, verify, plugins, engine_code)
     passed_over = []
     # Who asks for a provider asks for ONNX Runtime.
     for target in TARGETS if (backend, provider) == ("auto", "auto") else ():
         if has_engines(bundle, target):
             try:
-                return _tensorrt(bundle, target, device, verify, plugins)
+                return _tensorrt(bundle, target, device, verify, plugins, engine_code)
             except FlashVLMError as error:
                 passed_over.append(f"{target}: {error}")
     return _onnxruntime(bundle, device, provider, threads, tuple(passed_over))
 
 
-def _tensorrt(bundle: Bundle, target: Target, device: int, verify: bool, plugins: Path | None) -> Session:
+def _tensorrt(
+    bundle: Bundle, target: Target, device: int, verify: bool, plugins: Path | None, engine_code: bool
+) -> Session:
     from flashvlm.sessions.tensorrt import TensorRTSession
 
-    return TensorRTSession(bundle, target, device, verify, plugins)
+    return TensorRTSession(bundle, target, device, verify, plugins, engine_code)
 
 
 def _onnxruntime(

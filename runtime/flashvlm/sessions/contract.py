@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flashvlm.bundle import TensorSpec
 from flashvlm.errors import FlashVLMError
+from flashvlm.graph_io import TensorSpec
 
 NUMPY_DTYPES: dict[str, Any] = {
     "float32": np.float32,

@@ -11,9 +11,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from flashvlm.bundle import Bundle, sha256
+from flashvlm.bundle import Bundle
 from flashvlm.engines import TITLES, Engines
 from flashvlm.errors import BundleError, FlashVLMError
+from flashvlm.files import digest, open_regular, sha256
 from flashvlm.sessions.contract import check, present
 from flashvlm.sessions.cuda import Buffer, Cuda, DeviceArray
 
@@ -54,15 +55,13 @@ class Engine:
         self.inputs = {spec.name: spec for spec in self.graph.inputs}
         self.outputs = {spec.name: spec for spec in self.graph.outputs}
         spec = engines.manifest.engines[graph]
-        self.path = engines.folder / spec.file
-        if verify and sha256(self.path) != spec.sha256:
-            raise BundleError(f"{self.path} was edited after it was built; build it with: {engines.rebuild()} --force")
+        self.path = engines.file(graph)
         MESSAGES.clear()
         self._runtime = trt.Runtime(_logger(trt))
         if engines.manifest.flags.version_compatible:
-            # Such an engine brings the runtime it needs as code; refused unless asked for.
+            # Such an engine brings the runtime it needs as code; the session refuses it unless asked for.
             self._runtime.engine_host_code_allowed = True
-        self.engine = self._deserialize()
+        self.engine = self._deserialize(spec.sha256 if verify else None)
         if engines.manifest.flags.strip_weights:
             self._refit(bundle, graph)
         if engines.manifest.flags.weight_streaming and self.engine.streamable_weights_size > 0:
@@ -70,9 +69,16 @@ class Engine:
         self.scratch_bound = int(self.engine.device_memory_size_v2)
         self._check()
 
-    def _deserialize(self) -> Any:
-        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            engine = self._runtime.deserialize_cuda_engine(plan)
+    def _deserialize(self, sha256: str | None) -> Any:
+        try:
+            with open_regular(self.path) as file:
+                if sha256 is not None and digest(file) != sha256:
+                    again = f"{self.engines.rebuild()} --force"
+                    raise BundleError(f"{self.path} was edited after it was built; build it with: {again}")
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+                    engine = self._runtime.deserialize_cuda_engine(plan)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise self.refusal(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
         if engine is None:
             raise self.refusal("does not load")
         return engine
@@ -81,7 +87,7 @@ class Engine:
         """Puts the weights of the ONNX file into an engine that was built without."""
         refitter = self.trt.Refitter(self.engine, self._runtime.logger)
         parser = self.trt.OnnxParserRefitter(refitter, self._runtime.logger)
-        if not parser.refit_from_file(str(bundle.file(bundle.graph(graph).file))) or not refitter.refit_cuda_engine():
+        if not parser.refit_from_file(str(bundle.graph_file(graph))) or not refitter.refit_cuda_engine():
             raise self.refusal("was built with --strip-weights and cannot be refitted")
 
     def refusal(self, what: str) -> FlashVLMError:

@@ -9,14 +9,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flashvlm.bundle import Bundle, GraphSpec, select_graph
+from flashvlm.bundle import Bundle
 from flashvlm.errors import BundleError, FlashVLMError
+from flashvlm.graph_io import select_graph
+from flashvlm.manifest import GraphSpec
 from flashvlm.sessions import Array, Backend, ImageFeatures, Limits, Selected
 from flashvlm.sessions.contract import NUMPY_DTYPES, check, is_past, present, shape_of
+from flashvlm.sessions.native import native_call
 from flashvlm.sessions.providers import PROVIDERS, choose, import_onnxruntime
 
 BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type, so it travels as uint16
 FATAL_ONLY = 4  # an error comes as an exception, and is told once
+MAX_THREADS = 512
+TYPES = {"float32": "float"}  # dtypes that ONNX Runtime calls by another name
 
 
 class OnnxRuntimeSession:
@@ -32,6 +37,8 @@ class OnnxRuntimeSession:
         self._ort = import_onnxruntime()
         self._bundle = bundle
         self._provider = choose(self._ort, provider, device)
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise FlashVLMError(f"threads: expected 1 to {MAX_THREADS}, found {threads}; leave it out for every core")
         self._threads = threads
         self._graphs: dict[str, _Graph] = {}
         self._lock = threading.Lock()
@@ -134,23 +141,28 @@ class OnnxRuntimeSession:
     def _graph(self, name: str) -> _Graph:
         with self._lock:
             if name not in self._graphs:
-                spec = self._bundle.graph(name)
-                self._graphs[name] = _Graph(spec, self._load(spec))
+                self._graphs[name] = _Graph(self._bundle.graph(name), self._load(name), self.limits.capacity)
             return self._graphs[name]
 
-    def _load(self, spec: GraphSpec) -> Any:
+    def _load(self, name: str) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         if self.limits.capacity is not None:
             options.add_free_dimension_override_by_name("capacity", self.limits.capacity)
-        path = self._bundle.file(spec.file)
+        path = self._bundle.graph_file(name)
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError:
+            raise BundleError(f"{path}: ONNX Runtime takes no path that is not UTF-8; rename the folder") from None
         arguments = self._provider.arguments(options)
         try:
-            session = self._ort.InferenceSession(path, options, **arguments)
+            with native_call():
+                session = self._ort.InferenceSession(path, options, **arguments)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             raise BundleError(f"ONNX Runtime cannot load {path}: {str(error).strip()}") from None
+        self._bundle.graph_file(name)  # again: it may have changed between the check and the load
         if PROVIDERS[self._provider.name] not in session.get_providers():
             # ONNX Runtime goes on without a provider whose libraries do not load.
             raise FlashVLMError(
@@ -170,13 +182,17 @@ def _place(rows: np.ndarray, new: np.ndarray, cache_position: np.ndarray) -> Non
 class _Graph:
     """A loaded graph and its contract."""
 
-    def __init__(self, spec: GraphSpec, session: Any) -> None:
+    def __init__(self, spec: GraphSpec, session: Any, capacity: int | None) -> None:
         self.session = session
         self._file = spec.file
         self._inputs = {tensor.name: tensor for tensor in spec.inputs}
         self._outputs = [tensor.name for tensor in spec.outputs]
-        found = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
-        if found != ([*self._inputs], self._outputs):
+        fixed: dict[Any, Any] = {} if capacity is None else {"capacity": capacity}
+        wanted = [
+            (t.name, f"tensor({TYPES.get(t.dtype, t.dtype)})", [fixed.get(d, d) for d in t.shape])
+            for t in (*spec.inputs, *spec.outputs)
+        ]
+        if [(t.name, t.type, t.shape) for t in (*session.get_inputs(), *session.get_outputs())] != wanted:
             raise BundleError(
                 f"{spec.file} does not have the inputs and outputs its manifest lists; export the bundle again"
             )
@@ -188,7 +204,8 @@ class _Graph:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs the graph by a method of its session: memory may run out, and a graph may not be what it says."""
         try:
-            return function(*arguments)
+            with native_call():
+                return function(*arguments)
         except Exception as error:  # ONNX Runtime's exceptions share no public base
             raise FlashVLMError(f"ONNX Runtime failed in {self._file}: {str(error).strip()}") from None
 

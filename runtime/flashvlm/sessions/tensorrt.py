@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flashvlm.bundle import Bundle, select_graph
+from flashvlm.bundle import Bundle
 from flashvlm.engines import Target, find_engines, import_target
 from flashvlm.errors import FlashVLMError
+from flashvlm.graph_io import select_graph
 from flashvlm.sessions import Array, Backend, ImageFeatures, Limits, Selected, check_batch
 from flashvlm.sessions.contract import NUMPY_DTYPES, shape_of
 from flashvlm.sessions.cuda import Cuda, DeviceArray, stack
@@ -31,21 +32,33 @@ class TensorRTSession:
         device: number of the GPU.
         verify: check the SHA-256 of an engine before it is loaded.
         plugins: the plugin library the engines were built with, if they were.
+        engine_code: take version-compatible engines, which carry a TensorRT runtime that is loaded as code.
 
     Raises:
         FlashVLMError: the library, the driver, the GPU or engines that fit them are missing.
     """
 
     def __init__(
-        self, bundle: Bundle, target: Target, device: int = 0, verify: bool = True, plugins: Path | None = None
+        self,
+        bundle: Bundle,
+        target: Target,
+        device: int = 0,
+        verify: bool = True,
+        plugins: Path | None = None,
+        engine_code: bool = False,
     ) -> None:
         self._trt = import_target(target)
         self._cuda = Cuda(device)
         self._bundle = bundle
         self._verify = verify
         self._engines = find_engines(bundle, target, self._trt.__version__, self._cuda.capability)
-        load_plugins(self._trt, self._engines, plugins)
         flags = self._engines.manifest.flags
+        if flags.version_compatible and not engine_code:
+            raise FlashVLMError(
+                f"{self._engines.folder} is version-compatible: its engines carry a TensorRT runtime that is loaded as "
+                f"code; if you built them yourself, allow it with --engine-code"
+            )
+        load_plugins(self._trt, self._engines, plugins)
         max_seq = min(flags.max_seq, bundle.manifest.model.max_seq)
         self.limits = Limits(max_seq, flags.max_batch, flags.max_seq, "these engines hold", self._larger)
         where = f"cuda:{device} {self._cuda.name}, compute capability {self._cuda.capability}"
