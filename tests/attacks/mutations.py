@@ -122,7 +122,7 @@ def _edited(value: Any, rng: random.Random) -> Any:
         holder[key] = json.loads(json.dumps(other if other is not holder else None))
     elif change == 4:
         nested: Any = holder[key]
-        for _ in range(rng.choice((2, 70, 700))):
+        for _ in range(rng.choice((2, 70, 250))):  # json itself gives up at 1,000
             nested = [nested] if rng.random() < 0.5 else {"type": "Sequence", "a": nested}
         holder[key] = nested
     elif change == 5 and isinstance(holder[key], (int, float)):
