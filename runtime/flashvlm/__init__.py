@@ -12,6 +12,10 @@ __version__ = "0.1.0"
 __all__ = ["Answer", "Conversation", "FlashVLMError", "Pipeline", "__version__"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Loads the public names when first used: ``flashvlm-export`` needs the version, not the pipeline."""
     if name in ("Answer", "Conversation", "Pipeline"):

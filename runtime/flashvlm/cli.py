@@ -55,6 +55,7 @@ def run(
     if len(images) > 1:
         raise PromptError(f"expected one --image, found {len(images)}; several images in one prompt are not supported")
     source = images[0] if images else None
+    keep = _budget(budget)
     if show is not None:
         _check_show(show, source)
     if prompt is None and (json_output or show is not None):
@@ -76,7 +77,6 @@ def run(
     }
     with cli_support.waiting("loading"):
         pipeline = Pipeline.from_bundle(bundle, verify=verify, **place)
-    keep = _budget(budget)
     if prompt is None:
         _chat(pipeline, source, keep, options)
         return
@@ -168,6 +168,8 @@ def _check_show(path: Path, source: Path | None) -> None:
         raise ImageError(f"--show {path}: {getattr(error, 'strerror', None) or error}; choose another name") from None
     if not exists:
         raise ImageError(f"--show {path}: the folder {path.parent} does not exist; create it first")
+    if path.exists() and source.exists() and path.samefile(source):
+        raise ImageError(f"--show {path} is the --image itself, which it would replace; choose another name")
     if not os.access(path.parent, os.W_OK):
         raise ImageError(f"--show {path}: no permission to write in {path.parent}; choose another place")
 

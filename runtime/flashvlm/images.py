@@ -7,6 +7,7 @@ in float64, normalise in float32), so that a bundle answers as its checkpoint do
 import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Annotated, BinaryIO, Literal
@@ -146,9 +147,11 @@ def _centre(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int, int
 
 def _from_path(path: str | bytes) -> PIL.Image.Image:
     name = os.fsdecode(path)
-    if "://" in name[:16] or name.startswith(("data:", "http:/", "https:/")):  # Path() makes one slash of two
+    if "://" in name[:16] or name.startswith(("data:", "http:/", "https:/")):
         remedy = "URLs are not fetched; download it and pass the path"
-        raise ImageError(f"{_short(name)}: expected a file, found a URL; {remedy}")
+        # Path() makes one slash of two.
+        url = re.sub(r"^([a-z0-9]+):/(?=[^/])", r"\1://", name)
+        raise ImageError(f"{_short(url)}: expected a file, found a URL; {remedy}")
     try:
         with open_regular(path, MAX_BYTES) as file:
             return _open(file, _short(name))
@@ -169,7 +172,7 @@ def _open(file: BinaryIO, name: str) -> PIL.Image.Image:
     except PIL.Image.DecompressionBombError:
         raise ImageError(f"{name}: expected at most {MAX_PIXELS:,} pixels, found more; downscale it first") from None
     except PIL.UnidentifiedImageError:
-        raise ImageError(f"{name}: expected an image (PNG, JPEG, WebP, ...), found another kind of file") from None
+        raise ImageError(f"{name}: expected an image (PNG, JPEG, WebP, ...), found {_kind(file)}") from None
     except Exception as error:
         raise ImageError(f"{name}: expected an image, found a damaged file ({_reason(error)}); save it again") from None
     with image:
@@ -183,6 +186,17 @@ def _identify(file: BinaryIO) -> PIL.Image.Image:
         PIL.Image.init()
         file.seek(0)
         return PIL.Image.open(file, formats=[name for name in OTHERS if name in PIL.Image.OPEN])
+
+
+def _kind(file: BinaryIO) -> str:
+    """What a file is that is none of the images above, as far as its first bytes say."""
+    file.seek(0)
+    head = file.read(12)
+    if not head:
+        return "an empty file; check how it came here"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "HEIC; save it as JPEG, or open it with pillow-heif and pass the PIL image"
+    return "another kind of file"
 
 
 def _decode(image: PIL.Image.Image, name: str, ours: bool = False) -> PIL.Image.Image:

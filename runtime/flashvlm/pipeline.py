@@ -364,11 +364,17 @@ class Conversation:
         assert stream.answer is not None
         return stream.answer
 
-    def stream(self, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS, **sampling: Any) -> Stream:
-        """The next answer as it comes; it joins the conversation when the stream is exhausted."""
+    def stream(
+        self, prompt: str, *, budget: Budget = None, max_new_tokens: int = MAX_NEW_TOKENS, **sampling: Any
+    ) -> Stream:
+        """The next answer as it comes; it joins the conversation when the stream is exhausted.
+
+        ``budget``: for this question alone; None takes the conversation's.
+        """
+        budget = self._budget if budget is None else budget
         user = _user_message(prompt, with_image=self._image is not None and not self.messages)
         messages = [*self.messages, user]
-        inner = self._pipeline._stream(self._image, messages, self._budget, max_new_tokens, SamplingParams(**sampling))
+        inner = self._pipeline._stream(self._image, messages, budget, max_new_tokens, SamplingParams(**sampling))
 
         def pieces() -> Iterator[str]:
             yield from inner

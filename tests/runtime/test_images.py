@@ -279,7 +279,7 @@ def test_bad_files_are_refused(tmp_path):
         "cut.png": "damaged",
         "cut.jpg": "damaged",
         "text.png": "another kind of file",
-        "empty.png": "another kind of file",
+        "empty.png": "an empty file",
         "nul\0.png": "null",
         "x" * 5000: "found: ",
     }
@@ -347,3 +347,14 @@ def test_importing_the_leaf_modules_needs_no_torch():
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_kinds_that_have_a_remedy_of_their_own(tmp_path):
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    with pytest.raises(ImageError, match="found HEIC; save it as JPEG, or open it with pillow-heif"):
+        load_image(tmp_path / "phone.heic")
+    with pytest.raises(ImageError, match="found an empty file"):
+        load_image(b"")
+    for url in ("https:/a.b/c.png", "https://a.b/c.png"):
+        with pytest.raises(ImageError, match=r"^https://a\.b/c\.png: expected a file, found a URL"):
+            load_image(url)

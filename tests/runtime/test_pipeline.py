@@ -255,3 +255,20 @@ def test_running_a_bundle_leaves_no_trace_in_the_home_directory(tiny_gqa_bundle:
     code = "import sys, flashvlm as f; f.Pipeline.from_bundle(sys.argv[1]).generate(None, 'hi', max_new_tokens=1)"
     subprocess.run([sys.executable, "-c", code, tiny_gqa_bundle], env={"HOME": str(home)}, check=True)
     assert list(home.rglob("*")) == []
+
+
+def test_a_conversation_takes_another_budget_for_one_question(tiny_bundle: Path) -> None:
+    image = np.full((60, 60, 3), 90, dtype=np.uint8)
+    conversation = Pipeline.from_bundle(tiny_bundle).conversation(image, budget=7)
+    assert conversation.ask("What is it?", budget="all", max_new_tokens=1).image_tokens == 16
+    assert conversation.ask("What is it?", budget=4, max_new_tokens=1).image_tokens == 4
+    assert conversation.ask("What is it?", max_new_tokens=1).image_tokens == 7
+    with pytest.raises(FlashVLMError, match="budget 5 is not in this bundle"):
+        conversation.ask("What is it?", budget=5)
+
+
+def test_public_names_are_listed() -> None:
+    import flashvlm
+
+    assert {"Pipeline", "Answer", "Conversation", "FlashVLMError"} <= set(dir(flashvlm))
+    assert (Path(flashvlm.__file__).parent / "py.typed").exists()

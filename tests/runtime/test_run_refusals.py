@@ -52,6 +52,7 @@ FLAGS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--show", "kept.bmp"], ("--show kept.bmp", ".png, .jpg or .webp")),
     (["--show", "kept"], ("--show kept", ".png, .jpg or .webp")),
     (["--show", "nowhere/kept.png"], ("the folder nowhere does not exist", "create it")),
+    (["--budget", "most", "--backend", "tensorrt"], ("--budget 'most'",)),  # before anything is loaded
     (["--image", "another.png"], ("expected one --image, found 2", "not supported")),
     (["--colour", "red"], ("No such option: --colour", "flashvlm-run --help")),
 ]
@@ -67,6 +68,15 @@ def test_flags(flags: list[str], expected: tuple[str, ...], tiny_bundle: Path, p
 @pytest.mark.parametrize("flags", [["--json"], ["--show", "kept.png"]])
 def test_flags_that_need_a_prompt(flags: list[str], tiny_bundle: Path, picture: Path) -> None:
     assert_refused(run(main, tiny_bundle, "--image", picture, *flags), "--json and --show need a --prompt")
+
+
+def test_show_does_not_replace_the_image(tiny_bundle: Path, picture: Path, tmp_path: Path) -> None:
+    before = picture.read_bytes()
+    (tmp_path / "link.png").symlink_to(picture)
+    for name in (picture, tmp_path / "link.png"):
+        ran = run(main, tiny_bundle, "--image", picture, *QUESTION, "--show", name)
+        assert_refused(ran, "is the --image itself", "choose another name")
+    assert picture.read_bytes() == before
 
 
 def test_show_needs_an_image(tiny_bundle: Path) -> None:
