@@ -255,7 +255,7 @@ def synthetic_prompt(bundle: Bundle, tokens: int) -> tuple[str, EncodedPrompt]:
     Raises:
         PromptError: the template alone takes as many tokens.
     """
-    text = TextProcessor.from_files(bundle.read_processor, bundle.path / PROCESSOR)
+    text = TextProcessor.from_files(bundle.read_processor, bundle.path / PROCESSOR, bundle.manifest.model.vocab_size)
     image_id = bundle.manifest.model.image_token_id
 
     def encode(question: str) -> EncodedPrompt:
