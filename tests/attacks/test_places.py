@@ -290,7 +290,9 @@ def test_what_only_looks_like_a_folder_left_behind(tmp_path: Path, foreign: Path
 
 def test_ctrl_c_while_a_command_still_imports(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\nopen('importing', 'w').close()\ntime.sleep(60)\n")
-    code = "from flashvlm import entry\nentry._start('slow')"
+    # A shell starts what it runs in the background with SIGINT ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from flashvlm import entry\nentry._start('slow')"
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path,
