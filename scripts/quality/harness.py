@@ -67,7 +67,7 @@ class Exam:
         self._model = bundle.manifest.model
         self._threads = threads
         self._session = OnnxRuntimeSession(bundle, "cpu", threads)
-        self._text = TextProcessor.from_files(bundle.read_processor, bundle.path / PROCESSOR)
+        self._text = TextProcessor.from_files(bundle.read_processor, bundle.path / PROCESSOR, self._model.vocab_size)
         self._embedding = EmbeddingTable(bundle.file(EMBEDDINGS), self._model.vocab_size, self._model.hidden_size)
         messages = [[_message(item.question.text)] for item in self.items]
         self._prompts = [self._text.encode(each, self._model.image_token_id) for each in messages]

@@ -55,7 +55,7 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (bundle / "bundle.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "select-k5/../x", "visi\x00on", "a" * 300, "select-k05"])
+@pytest.mark.parametrize("name", ["../../x", "/x", "..", "select-k5/../x", "visi\x00on", "a" * 300, "select-k05"])
 def test_graphs_of_other_names(name: str, bundle: Path) -> None:
     """Each becomes the name of an engine."""
     edit(bundle, lambda m: m["graphs"].update({name: m["graphs"]["vision"]}))
@@ -64,7 +64,7 @@ def test_graphs_of_other_names(name: str, bundle: Path) -> None:
     assert not (bundle / "engines").exists()
 
 
-@pytest.mark.parametrize("name", ["../x.onnx", "/tmp/x.onnx", "a/b/c.onnx", ".hidden", "a//b", "a/.b", "vision.onnx/"])
+@pytest.mark.parametrize("name", ["../x.onnx", "/x.onnx", "a/b/c.onnx", ".hidden", "a//b", "a/.b", "vision.onnx/"])
 def test_files_of_other_names(name: str, bundle: Path) -> None:
     edit(bundle, lambda m: m["graphs"]["vision"].update(file=name))
     assert_refused(compile_bundle(bundle), "is not the name of a file in the bundle")
