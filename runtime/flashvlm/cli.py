@@ -164,11 +164,12 @@ def _check_show(path: Path, source: Path | None) -> None:
         raise ImageError(f"--show {path}: expected a name ending in .png, .jpg or .webp")
     try:
         exists = path.parent.is_dir()
+        replaces = path.exists() and source.exists() and path.samefile(source)
     except (OSError, ValueError) as error:  # too long, or with a null byte
         raise ImageError(f"--show {path}: {getattr(error, 'strerror', None) or error}; choose another name") from None
     if not exists:
         raise ImageError(f"--show {path}: the folder {path.parent} does not exist; create it first")
-    if path.exists() and source.exists() and path.samefile(source):
+    if replaces:
         raise ImageError(f"--show {path} is the --image itself, which it would replace; choose another name")
     if not os.access(path.parent, os.W_OK):
         raise ImageError(f"--show {path}: no permission to write in {path.parent}; choose another place")
