@@ -21,11 +21,11 @@ from flashvlm.bundle import Bundle
 from flashvlm.engines import MODULES, BuildFlags, PluginSpec
 from flashvlm.errors import FlashVLMError
 from flashvlm.files import sha256
+from flashvlm.graph_check import DOMAIN as DOMAIN  # of the nodes, and the plugins' namespace
+from flashvlm.graph_check import LLOYD_OP as LLOYD_OP
+from flashvlm.graph_check import SCORE_OP as SCORE_OP
 
-DOMAIN = "flashvlm"  # of the nodes, and the plugins' namespace
 VERSION = "1"  # of the plugins
-SCORE_OP = "TextGuidedScore"
-LLOYD_OP = "MaskedLloyd"
 MAX_QUERY = 512  # tokens of a question, in the kernels
 MASKS = {SCORE_OP: (2, 4), LLOYD_OP: (2,)}  # each plugin, and which of its inputs are bool in the graph
 

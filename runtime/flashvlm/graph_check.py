@@ -30,7 +30,8 @@ _STANDARD = """
     Sub Tanh TensorScatter TopK Transpose Unsqueeze Where
     """
 DOMAIN = "flashvlm"
-FUNCTIONS = frozenset({"MaskedLloyd", "TextGuidedScore"})  # of DOMAIN, with standard operators in their bodies
+SCORE_OP, LLOYD_OP = "TextGuidedScore", "MaskedLloyd"
+FUNCTIONS = frozenset({LLOYD_OP, SCORE_OP})  # of DOMAIN, with standard operators in their bodies
 OPERATORS = frozenset({*(("", name) for name in _STANDARD.split()), *((DOMAIN, name) for name in FUNCTIONS)})
 OPSETS = {"": range(20, 25), DOMAIN: range(1, 2)}
 IR_VERSIONS = range(10, 14)
