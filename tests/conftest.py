@@ -52,7 +52,7 @@ def tiny_gqa_checkpoint(once: Once) -> Path:
 
 
 def _write(like: str, out: Path) -> None:
-    import checkpoints
+    from flashvlm_export.testing import checkpoints
 
     checkpoints.write_checkpoint(like, out, dtype="float32")
 

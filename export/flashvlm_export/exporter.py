@@ -31,14 +31,15 @@ from flashvlm.manifest import (
     ModelSpec,
     SelectionSpec,
 )
-from flashvlm_export import graphs, weights
 from flashvlm_export.checkpoint import Checkpoint, StoredTensor, describes_a_model, open_checkpoint
-from flashvlm_export.dialects import DIALECTS
 from flashvlm_export.families import family_of
-from flashvlm_export.onnx_export import TracedGraph, fake_weights, trace
+from flashvlm_export.graph import modules as graphs
+from flashvlm_export.graph.dialects import DIALECTS
+from flashvlm_export.graph.trace import TracedGraph, fake_weights, trace
 from flashvlm_export.output import check_apart, check_out, check_space
 from flashvlm_export.processor_files import load_processor, read_by_the_runtime, stop_tokens
-from flashvlm_export.selection import METHODS, SelectionParams
+from flashvlm_export.selection.flashvlm import METHODS, SelectionParams
+from flashvlm_export.weights import stream as weights
 
 PACKAGES = ("torch", "transformers", "onnx-ir", "onnxscript")
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

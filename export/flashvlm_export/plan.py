@@ -30,10 +30,11 @@ from torch import nn
 from flashvlm.errors import CheckpointError, FlashVLMError, SelectionError
 from flashvlm.graph_io import FloatType
 from flashvlm.manifest import ModelSpec
-from flashvlm.profile import allocated_rows
-from flashvlm_export import graphs, weights
+from flashvlm.profiling.measure import allocated_rows
 from flashvlm_export.checkpoint import ALIASES, ITEMSIZE, StoredTensor, describes_a_model, find_config
 from flashvlm_export.families import CONFIGS, family_of
+from flashvlm_export.graph import modules as graphs
+from flashvlm_export.weights import stream as weights
 
 # docs/measurements.md, "Engines": bytes of an engine for each byte of its weights, and of memory while building it.
 VISION_ENGINE, DECODER_ENGINE = 1.01, 1.002

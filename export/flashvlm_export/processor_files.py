@@ -15,7 +15,7 @@ from flashvlm.bundle import hub_blobs
 from flashvlm.errors import CheckpointError, FlashVLMError, no_panic
 from flashvlm.files import parse_json, read_bytes
 from flashvlm.manifest import ModelSpec
-from flashvlm.processor import TextProcessor
+from flashvlm.text.processor import TextProcessor
 from flashvlm_export.checkpoint import Checkpoint, one_line, read_json
 
 # Those that may name classes or code, and those that hold data alone.

@@ -71,11 +71,11 @@ FLASHVLM_API size_t flashvlm_score_workspace(int32_t batch, int32_t tokens, int3
 FLASHVLM_API size_t flashvlm_lloyd_workspace(int32_t batch, int32_t tokens, int32_t width, int32_t budget,
                                              int32_t top_count);
 
-// The scores of flashvlm_export.primitives.text_guided_score. stream is a cudaStream_t.
+// The scores of flashvlm_export.selection.ops.text_guided_score. stream is a cudaStream_t.
 FLASHVLM_API int32_t flashvlm_score(const flashvlm_score_call* call, void* workspace, size_t workspace_bytes,
                                     void* stream);
 
-// The choice of flashvlm_export.selection.flashvlm, given its scores.
+// The choice of flashvlm_export.selection.flashvlm.flashvlm, given its scores.
 FLASHVLM_API int32_t flashvlm_lloyd(const flashvlm_lloyd_call* call, void* workspace, size_t workspace_bytes,
                                     void* stream);
 

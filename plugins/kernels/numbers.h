@@ -1,4 +1,4 @@
-// The constants of flashvlm_export.primitives, element types, masks, and block-wide reductions.
+// The constants of flashvlm_export.selection.ops, element types, masks, and block-wide reductions.
 #pragma once
 
 #include "block.h"

@@ -18,9 +18,9 @@ from flashvlm.errors import FlashVLMError, PromptError, SelectionError
 from flashvlm.generation import Row, StopReason, Timings, check_capacity, generate_tokens, row_with_image
 from flashvlm.images import ImageSource, image_digest, load_image, preprocess
 from flashvlm.manifest import EMBEDDINGS, PROCESSOR
-from flashvlm.processor import EncodedPrompt, Message, TextProcessor
 from flashvlm.sampling import Sampler, SamplingParams
 from flashvlm.sessions import Backend, ImageFeatures, Limits, Selected, Session, check_batch
+from flashvlm.text.processor import EncodedPrompt, Message, TextProcessor
 
 Budget = int | Literal["all"] | None
 CACHED_IMAGES = 8

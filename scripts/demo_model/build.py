@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-import checkpoints
-from checkpoint_tokenizer import CHAT_TEMPLATE, english, make_tokenizer
+from flashvlm_export.testing import checkpoints
+from flashvlm_export.testing.tokenizer import CHAT_TEMPLATE, english, make_tokenizer
 from scenes.questions import KINDS, ask, vocabulary
 from scenes.world import GRID, sample_scene
 

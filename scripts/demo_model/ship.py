@@ -9,9 +9,9 @@ from string import Template
 import torch
 from safetensors.torch import save_file
 
-import checkpoints
 from demo_model import build
 from demo_model.stages import STAGES, Demo
+from flashvlm_export.testing import checkpoints
 
 DTYPE = "float16"
 HEADS = ("heads.", "nouns.")

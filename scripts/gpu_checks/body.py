@@ -20,7 +20,7 @@ INSTALL = "pip install 'flashvlm[export,cpu]'"
 def run(job: Job, record: Record) -> None:
     kernels = load(job)
     try:
-        from flashvlm_export.dialects import DIALECTS
+        from flashvlm_export.graph.dialects import DIALECTS
     except ImportError as error:
         raise Skip(f"the exporter does not import ({error})", INSTALL) from None
     # ONNX Runtime's CPU has no bfloat16.
@@ -61,7 +61,7 @@ def compare(kernels: Kernels, record: Record, opset: int, dtype: str, job: Job) 
 
 
 def score_session(opset: int, dtype: str) -> Any:
-    from flashvlm_export.onnx_export import score_function
+    from flashvlm_export.graph.trace import score_function
 
     shapes = {
         "projected": (dtype, "BND"), "query": (dtype, "BLD"), "query_mask": ("bool", "BL"),
@@ -73,7 +73,7 @@ def score_session(opset: int, dtype: str) -> Any:
 
 
 def lloyd_session(opset: int, features: torch.Tensor, budget: int) -> Any:
-    from flashvlm_export.onnx_export import lloyd_function
+    from flashvlm_export.graph.trace import lloyd_function
 
     attributes = {"budget": budget, "top_count": budget // 2, "iterations": DEFAULTS.iterations}
     function = lloyd_function(opset, *features.shape[1:], features.dtype, *attributes.values())

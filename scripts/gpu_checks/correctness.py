@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from flashvlm_export.selection import SelectionInputs, SelectionParams
+from flashvlm_export.selection.flashvlm import SelectionInputs, SelectionParams
 
 from .kernels import Kernels
 from .record import Job, Record, Skip

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flashvlm_export.primitives import HIGH, LOW, TIE, TINY
-from flashvlm_export.selection import SelectionInputs, SelectionParams
+from flashvlm_export.selection.flashvlm import SelectionInputs, SelectionParams
+from flashvlm_export.selection.ops import HIGH, LOW, TIE, TINY
 
 DEFAULTS = SelectionParams()
 # Of a cosine to a centroid: what float32 sums may be off by. A decision closer than this is left to rounding.

@@ -71,7 +71,7 @@ def _compiled(
     job: Job, record: Record, target: Any, capabilities: tuple[str, ...], plugins: Path | None = None
 ) -> None:
     from flashvlm import Pipeline
-    from flashvlm_export.compile import CompileOptions, compile_bundle
+    from flashvlm_export.compile.engines import CompileOptions, compile_bundle
 
     try:
         options = CompileOptions(_bundle(job), target=target, compute_capabilities=capabilities, plugins=plugins)
@@ -182,8 +182,8 @@ def times(record: Record, name: str, pipeline: Recorded) -> None:
 
 
 def _export(folder: Path, like: str) -> Path:
-    import checkpoints
     from flashvlm_export.exporter import ExportOptions, export
+    from flashvlm_export.testing import checkpoints
 
     checkpoints.write_checkpoint(like, folder / "checkpoint", dtype="float16")  # TensorRT's attention has no float32
     export(ExportOptions(str(folder / "checkpoint"), folder / "bundle", budgets=(4,) if like == "tiny" else (64,)))

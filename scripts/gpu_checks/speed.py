@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from flashvlm_export.selection import METHODS, Selection, SelectionInputs, text_guided_score
+from flashvlm_export.selection.flashvlm import METHODS, Selection, SelectionInputs, text_guided_score
 
 from .correctness import DTYPES, load, need_torch_cuda
 from .kernels import Kernels

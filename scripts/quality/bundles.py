@@ -21,12 +21,15 @@ from flashvlm import __version__
 from flashvlm.bundle import Bundle
 from flashvlm.embeddings import EmbeddingTable
 from flashvlm.manifest import EMBEDDINGS
-from flashvlm_export import baselines, graphs, primitives, selection
 from flashvlm_export.checkpoint import open_checkpoint
-from flashvlm_export.dialects import DIALECTS
 from flashvlm_export.exporter import ExportOptions, export
-from flashvlm_export.onnx_export import fake_weights, trace
-from flashvlm_export.selection import SelectionParams
+from flashvlm_export.graph import modules as graphs
+from flashvlm_export.graph.dialects import DIALECTS
+from flashvlm_export.graph.trace import fake_weights, trace
+from flashvlm_export.selection import baselines
+from flashvlm_export.selection import flashvlm as selection
+from flashvlm_export.selection import ops as primitives
+from flashvlm_export.selection.flashvlm import SelectionParams
 from quality import experimental, resolution
 from quality.variants import DOWNSAMPLED, POOLED, Variant
 

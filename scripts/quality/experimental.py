@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvlm_export import selection
-from flashvlm_export.baselines import cdpruner, deduplicate
-from flashvlm_export.primitives import (
+from flashvlm_export.selection import flashvlm as selection
+from flashvlm_export.selection.baselines import cdpruner, deduplicate
+from flashvlm_export.selection.flashvlm import similarity_to_centroids
+from flashvlm_export.selection.ops import (
     LOW,
     TINY,
     ScoreFn,
@@ -39,7 +40,6 @@ from flashvlm_export.primitives import (
     unit,
     word_contrast,
 )
-from flashvlm_export.selection import similarity_to_centroids
 
 PEAK = 0.02  # softness of a question token's votes over image tokens, in cosine
 NEIGHBOUR = 0.5  # weight of the 3 x 3 neighbourhood in `local`

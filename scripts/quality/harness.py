@@ -20,11 +20,11 @@ from flashvlm.embeddings import EmbeddingTable
 from flashvlm.generation import Row, Timings, check_capacity, generate_tokens, row_with_image
 from flashvlm.images import preprocess
 from flashvlm.manifest import EMBEDDINGS, PROCESSOR
-from flashvlm.processor import TextProcessor
 from flashvlm.sampling import Sampler, SamplingParams
 from flashvlm.sessions import ImageFeatures
 from flashvlm.sessions.onnxruntime import OnnxRuntimeSession
-from flashvlm_export.selection import READS
+from flashvlm.text.processor import TextProcessor
+from flashvlm_export.selection.flashvlm import READS
 from quality.variants import DOWNSAMPLED, POOLED, Variant
 from scenes.draw import draw, owners
 from scenes.exam import Item

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from PIL import Image
 
-from flashvlm.picture import INK, MARGIN, MUTED, RULE, Rgb
-from flashvlm.report import Pen
+from flashvlm.kept_picture import INK, MARGIN, MUTED, RULE, Rgb
+from flashvlm.profiling.report import Pen
 from quality.measures import ALL
 from quality.report import Scores
 from quality.variants import REFERENCE

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashvlm.errors import CheckpointError
-from flashvlm_export.baselines import evenly_spaced
-from flashvlm_export.primitives import ScoreFn, Selection, SelectionInputs, SelectionParams
+from flashvlm_export.selection.baselines import evenly_spaced
+from flashvlm_export.selection.ops import ScoreFn, Selection, SelectionInputs, SelectionParams
 
 POSITIONS = "position_embedding.weight"
 

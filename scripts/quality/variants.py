@@ -82,7 +82,7 @@ def defaults() -> dict[str, Any]:
     """The default of every parameter of GRIDS."""
     from dataclasses import asdict
 
-    from flashvlm_export.selection import SelectionParams
+    from flashvlm_export.selection.flashvlm import SelectionParams
 
     return {**asdict(SelectionParams()), **OTHER_DEFAULTS}
 
@@ -132,7 +132,7 @@ def _group(name: str) -> list[Variant]:
 
 def _named(text: str) -> Variant:
     """A method and, each after a colon, parameters."""
-    from flashvlm_export.selection import METHODS as EXPORTED
+    from flashvlm_export.selection.flashvlm import METHODS as EXPORTED
 
     method, *given = text.split(":")
     relevance, _, rest = method.partition("+")

@@ -135,13 +135,14 @@ def _ask(bundle: Path, rng: random.Random, with_image: bool = False) -> Outcome:
 
 
 def _run_command(bundle: Path, flags: list[str]) -> Outcome:
-    from flashvlm import cli
+    from flashvlm.cli import run as cli
 
     return _judge(cli.main, [str(bundle), *flags, "--max-new-tokens", "2", "--threads", "1"])
 
 
 def _export_command(checkpoint: Path, place: Path) -> Outcome:
-    from flashvlm_export import cli, exporter
+    from flashvlm_export import exporter
+    from flashvlm_export.cli import export as cli
 
     def began(*_: object) -> NoReturn:
         sys.exit(0)
@@ -210,7 +211,8 @@ def _wait(pid: int, seconds: float) -> int | None:
 
 def prepare(names: Sequence[str]) -> None:
     """Imports what the children need, once; nothing is run here, as threads do not survive a fork."""
-    from flashvlm import cli, pipeline  # noqa: F401
+    from flashvlm import pipeline  # noqa: F401
+    from flashvlm.cli import run as cli  # noqa: F401
     from flashvlm.sessions.providers import import_onnxruntime
 
     import_onnxruntime()
@@ -218,8 +220,8 @@ def prepare(names: Sequence[str]) -> None:
     if {"config", "checkpoint"} & {*names}:
         import transformers
 
-        from flashvlm_export import cli as export_cli  # noqa: F401
         from flashvlm_export import exporter  # noqa: F401
+        from flashvlm_export.cli import export as export_cli  # noqa: F401
 
         transformers.AutoProcessor  # noqa: B018
 

@@ -13,16 +13,16 @@ import sys
 import jinja2
 import pytest
 
-from flashvlm import chat_meter
-from flashvlm.chat_template import ChatTemplate
 from flashvlm.errors import PromptError
+from flashvlm.text import chat_meter
+from flashvlm.text.chat_template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
 
 CHILD = """
 import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_DATA, (1 << 29, 1 << 29))
-from flashvlm.chat_template import ChatTemplate
+from flashvlm.text.chat_template import ChatTemplate
 from flashvlm.errors import PromptError
 messages = json.loads(sys.argv[1])
 for name, template in json.load(sys.stdin).items():

@@ -16,7 +16,7 @@ from refusals import assert_refused, copy_of, run
 pytest.importorskip("torch")
 
 from flashvlm_export import exporter
-from flashvlm_export.cli import main
+from flashvlm_export.cli.export import main
 
 CODE = "from transformers import *\nopen({marker!r}, 'w').close()\n\n\nclass Mine: ...\n"
 AUTO = ("AutoProcessor", "AutoImageProcessor", "AutoTokenizer", "AutoConfig", "AutoModel", "AutoVideoProcessor")
@@ -102,7 +102,7 @@ def test_code_that_is_not_needed_is_left_alone(
 
 
 def export_with_yes_on_stdin(checkpoint: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flashvlm_export.cli", "--model", str(checkpoint), "--budget", "4"]
+    command = [sys.executable, "-m", "flashvlm_export.cli.export", "--model", str(checkpoint), "--budget", "4"]
     return subprocess.run(
         [*command, "--out", str(out)], input="y\n" * 20, capture_output=True, text=True, check=False, timeout=120
     )

@@ -14,7 +14,9 @@ import pytest
 import typer
 from PIL import Image
 
-from flashvlm import FlashVLMError, cli, cli_support
+from flashvlm import FlashVLMError
+from flashvlm.cli import run as cli
+from flashvlm.cli import support as cli_support
 from flashvlm.errors import printable
 from refusals import assert_refused, copy_of, run
 
@@ -22,7 +24,7 @@ QUESTION = ("--prompt", "What is it?", "--max-new-tokens", "1")
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "flashvlm.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "flashvlm.cli.run", *map(str, arguments)]
 
 
 def raising(error: BaseException) -> NoReturn:

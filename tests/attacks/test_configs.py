@@ -13,7 +13,7 @@ from refusals import assert_refused, copy_of, run
 pytest.importorskip("torch")
 
 from flashvlm_export import exporter
-from flashvlm_export.cli import main
+from flashvlm_export.cli.export import main
 
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "layers": ({"text_config__num_hidden_layers": 10**9}, ("text_config.num_hidden_layers is 1000000000", "1 to 512")),

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from flashvlm import cli
+from flashvlm.cli import run as cli
 from flashvlm.errors import ImageError
 from flashvlm.files import open_regular, parse_json, read_bytes
 from flashvlm.images import MAX_BYTES, load_image

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashvlm import FlashVLMError, Pipeline, cli
+from flashvlm import FlashVLMError, Pipeline
 from flashvlm.bundle import Bundle
+from flashvlm.cli import run as cli
 from flashvlm.embeddings import EmbeddingTable
 from flashvlm.errors import BundleError
 from flashvlm.files import sha256
@@ -59,7 +60,7 @@ def test_a_snapshot_in_the_hub_cache_answers(inside: str, bundle: Path, tmp_path
 
 def test_a_snapshot_compiles(tiny_gqa_half_bundle: Path, tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    from flashvlm_export.builder import _pinned
+    from flashvlm_export.compile.builder import _pinned
 
     snapshot = Bundle(hub_snapshot(tiny_gqa_half_bundle, tmp_path / "hub"))
     logger = trt.Logger(trt.Logger.ERROR)

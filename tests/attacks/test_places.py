@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flashvlm import cli, cli_profile
+from flashvlm.cli import profile as cli_profile
+from flashvlm.cli import run as cli
 from flashvlm.files import atomic_file, atomic_folder
 from refusals import Ran, assert_refused, copy_of, run
 
@@ -44,7 +45,7 @@ def picture(tmp_path: Path) -> Path:
 
 def compile_bundle(bundle: Path) -> Ran:
     pytest.importorskip("tensorrt_rtx")
-    from flashvlm_export.cli_compile import main
+    from flashvlm_export.cli.compile import main
 
     return run(main, bundle, "--target", "tensorrt-rtx", "--compute-capability", "8.9", "--max-seq", "64")
 
@@ -101,7 +102,7 @@ def engines_of(bundle: Path) -> Path:
 @pytest.mark.parametrize("what", ["a link", "a pipe", "a device", "a folder"])
 def test_a_timing_cache_that_is_no_file(what: str, bundle: Path, foreign: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from flashvlm_export import builder
+    from flashvlm_export.compile import builder
 
     path = tmp_path / "cache"
     if what == "a link":  # is read, but replaced rather than followed
@@ -146,7 +147,7 @@ def test_a_timing_cache_that_is_no_file(what: str, bundle: Path, foreign: Path, 
 )
 def test_flags_of_compile(flags: tuple[str, str], tiny_gqa_half_bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from flashvlm_export.cli_compile import main
+    from flashvlm_export.cli.compile import main
 
     line = {"--target": "tensorrt-rtx", "--compute-capability": "8.9", "--max-seq": "64"} | dict([flags])
     ran = run(main, tiny_gqa_half_bundle, *(word for pair in line.items() for word in pair))
@@ -161,7 +162,7 @@ def exporting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Path], Ran]:
     """Runs an export that is refused before it traces, or fails the test."""
     pytest.importorskip("torch")
     from flashvlm_export import exporter
-    from flashvlm_export.cli import main
+    from flashvlm_export.cli.export import main
 
     def reached(*_: object) -> None:
         raise AssertionError("not refused before the work began")
@@ -236,7 +237,7 @@ def test_a_terminated_command_takes_its_temporary_file_away(tmp_path: Path) -> N
     code = """
 import sys, time
 from pathlib import Path
-from flashvlm import cli_support
+from flashvlm.cli import support as cli_support
 from flashvlm.files import atomic_file, atomic_folder
 app = cli_support.new_app()
 @app.command()
@@ -292,7 +293,7 @@ def test_ctrl_c_while_a_command_still_imports(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time\nopen('importing', 'w').close()\ntime.sleep(60)\n")
     # A shell starts what it runs in the background with SIGINT ignored.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from flashvlm import entry\nentry._start('slow')"
+    code += "from flashvlm.cli import entry\nentry._start('slow')"
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -10,7 +10,7 @@ from tokenizer_files import llama, put
 from tokenizers import Tokenizer
 
 from flashvlm.errors import BundleError, PromptError
-from flashvlm.processor import MAX_CHARACTERS, MAX_PARTS, TextProcessor
+from flashvlm.text.processor import MAX_CHARACTERS, MAX_PARTS, TextProcessor
 
 CHAT = (
     "{% for m in messages %}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}"

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from flashvlm.errors import BundleError, PromptError, no_panic
-from flashvlm.processor import TextProcessor
-from flashvlm.split_pattern import check_pattern
-from flashvlm.tokenizer_file import load_tokenizer
+from flashvlm.text.processor import TextProcessor
+from flashvlm.text.split_pattern import check_pattern
+from flashvlm.text.tokenizer_file import load_tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "export" / "flashvlm_export" / "demo"
 Change = Callable[[dict[str, Any]], object]

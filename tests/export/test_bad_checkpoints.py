@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 
 from flashvlm_export import checkpoint as checkpoints
 from flashvlm_export import exporter
-from flashvlm_export.cli import main
+from flashvlm_export.cli.export import main
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -17,8 +17,8 @@ import pytest
 from flashvlm.engines import read_manifest
 from flashvlm.errors import FlashVLMError
 from flashvlm.files import sha256
-from flashvlm_export.cli_compile import main
-from flashvlm_export.compile import CompileOptions, compile_bundle
+from flashvlm_export.cli.compile import main
+from flashvlm_export.compile.engines import CompileOptions, compile_bundle
 from flashvlm_export.exporter import ExportOptions, export
 from refusals import assert_refused, run
 
@@ -74,7 +74,7 @@ def test_a_second_run_reuses_what_still_matches(half: Path) -> None:
 def test_the_timing_cache_survives_two_builds_at_once(half: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache" / "timing"
     other = shutil.copytree(half, tmp_path / "other")
-    command = [sys.executable, "-m", "flashvlm_export.cli_compile", *RTX, "--timing-cache", str(cache)]
+    command = [sys.executable, "-m", "flashvlm_export.cli.compile", *RTX, "--timing-cache", str(cache)]
     runs = [subprocess.Popen([*command, str(bundle)], stderr=subprocess.PIPE) for bundle in (half, other)]
     assert [process.wait(120) for process in runs] == [0, 0]
     assert cache.stat().st_size > 0
@@ -84,7 +84,7 @@ def test_the_timing_cache_survives_two_builds_at_once(half: Path, tmp_path: Path
 
 def in_its_own_process(bundle: Path, *flags: str) -> str:
     """What a failing build prints: TensorRT-RTX 1.7 keeps the target of a failed build for later ones of a process."""
-    command = [sys.executable, "-m", "flashvlm_export.cli_compile", str(bundle), *RTX, *flags]
+    command = [sys.executable, "-m", "flashvlm_export.cli.compile", str(bundle), *RTX, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert not (bundle / "engines").exists()
@@ -106,7 +106,7 @@ def test_compiling_never_imports_torch(half: Path) -> None:
     code = f"""
 import sys
 sys.argv = ["flashvlm-compile", {str(half)!r}, *{RTX!r}]
-from flashvlm_export.cli_compile import main
+from flashvlm_export.cli.compile import main
 try:
     main()
 except SystemExit as stop:
@@ -175,7 +175,7 @@ def test_engines_do_not_outgrow_their_weights(half: Path) -> None:
 @pytest.mark.slow
 def test_real_sizes(tmp_path: Path) -> None:
     """LLaVA-1.5-7B's layer shapes, cut to two language layers; engines within 1.05 of their weights (DESIGN 5)."""
-    import checkpoints
+    from flashvlm_export.testing import checkpoints
 
     model = checkpoints.write_checkpoint("llava-1.5-7b", tmp_path / "checkpoint", layers=2).folder
     for dtype in ("float16", "bfloat16"):

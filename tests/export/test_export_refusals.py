@@ -22,8 +22,9 @@ pytest.importorskip("torch")
 
 from flashvlm.bundle import Bundle
 from flashvlm.files import atomic_folder
-from flashvlm_export import exporter, output, weights
-from flashvlm_export.cli import main, parse_budgets
+from flashvlm_export import exporter, output
+from flashvlm_export.cli.export import main, parse_budgets
+from flashvlm_export.weights import stream as weights
 
 
 class WorkBeganError(Exception):
@@ -368,7 +369,7 @@ def test_ctrl_c(owner: Any, name: str, tiny_checkpoint: Path, place: Path, monke
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_starting(place: Path) -> None:
     """In a process of its own, where torch is not yet imported."""
-    command = [sys.executable, "-m", "flashvlm_export.cli", "--model", "none", "--out", place / "out"]
+    command = [sys.executable, "-m", "flashvlm_export.cli.export", "--model", "none", "--out", place / "out"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline() == "starting ...\n"

@@ -13,10 +13,12 @@ from flashvlm.bundle import Bundle
 from flashvlm.graph_check import DOMAIN, FUNCTIONS, OPERATORS, OPSETS, check_graph
 from flashvlm.graph_io import DialectName, select_io
 from flashvlm.manifest import ModelSpec
-from flashvlm_export import baselines, graphs, plugin_nodes
-from flashvlm_export.dialects import DIALECTS, LEGACY_OPERATORS
-from flashvlm_export.onnx_export import fake_weights, trace
-from flashvlm_export.selection import METHODS, SelectionParams
+from flashvlm_export.compile import plugin_nodes
+from flashvlm_export.graph import modules as graphs
+from flashvlm_export.graph.dialects import DIALECTS, LEGACY_OPERATORS
+from flashvlm_export.graph.trace import fake_weights, trace
+from flashvlm_export.selection import baselines
+from flashvlm_export.selection.flashvlm import METHODS, SelectionParams
 
 # Enough tokens that tables of N x N are not folded into constants, as in a real model.
 SPEC = ModelSpec(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from flashvlm import cli as cli_run
-from flashvlm import cli_profile
-from flashvlm_export import cli as cli_export
-from flashvlm_export import cli_compile
+from flashvlm.cli import profile as cli_profile
+from flashvlm.cli import run as cli_run
+from flashvlm_export.cli import compile as cli_compile
+from flashvlm_export.cli import export as cli_export
 from flashvlm_export.plan import Plan
 from refusals import run
 

@@ -11,11 +11,11 @@ import onnx
 import pytest
 import torch
 
-import checkpoints
 from flashvlm.bundle import Bundle
-from flashvlm_export import graphs
-from flashvlm_export.dialects import DIALECTS
 from flashvlm_export.exporter import ExportOptions, export
+from flashvlm_export.graph import modules as graphs
+from flashvlm_export.graph.dialects import DIALECTS
+from flashvlm_export.testing import checkpoints
 
 
 def load(bundle: Path, name: str) -> onnx.ModelProto:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from flashvlm import Pipeline
-from flashvlm_export.selection import select
+from flashvlm_export.selection.flashvlm import select
 
 TOLERANCE = 2e-4  # absolute, on logits (DESIGN section 6)
 STEPS = 16

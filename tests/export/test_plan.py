@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import checkpoints
 from flashvlm.bundle import Bundle
 from flashvlm.manifest import EMBEDDINGS
-from flashvlm.profile import kv_bytes
-from flashvlm_export.cli import main
+from flashvlm.profiling.measure import kv_bytes
+from flashvlm_export.cli.export import main
 from flashvlm_export.families import CONFIGS
 from flashvlm_export.plan import Plan, PlanOptions, plan
-from flashvlm_export.weights import ALIGNMENT
+from flashvlm_export.testing import checkpoints
+from flashvlm_export.weights.stream import ALIGNMENT
 from refusals import assert_refused, run
 
 
@@ -155,7 +155,7 @@ def test_arguments_are_checked_before_torch_is_imported() -> None:
     code = """
 import sys
 sys.argv = ["flashvlm-export", "--model", "llava-1.5-7b", "--plan", "--max-batch", "0"]
-from flashvlm_export.cli import main
+from flashvlm_export.cli.export import main
 try:
     main()
 except SystemExit as stop:

@@ -20,9 +20,9 @@ import pytest
 
 from flashvlm.engines import BuildFlags, EngineManifest, PluginSpec
 from flashvlm.errors import FlashVLMError
-from flashvlm_export import plugin_nodes
-from flashvlm_export.cli_compile import main
-from flashvlm_export.plugin_nodes import DOMAIN, LLOYD_OP, MASKS, SCORE_OP, VERSION, for_plugins
+from flashvlm_export.cli.compile import main
+from flashvlm_export.compile import plugin_nodes
+from flashvlm_export.compile.plugin_nodes import DOMAIN, LLOYD_OP, MASKS, SCORE_OP, VERSION, for_plugins
 from refusals import assert_refused, run
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
@@ -92,10 +92,10 @@ def test_the_fused_graph_has_them_too(request: pytest.FixtureRequest) -> None:
 
 def test_a_partition_of_projected_tokens_reads_those() -> None:
     from flashvlm.manifest import ModelSpec
-    from flashvlm_export import graphs
-    from flashvlm_export.dialects import DIALECTS
-    from flashvlm_export.onnx_export import fake_weights, trace
-    from flashvlm_export.selection import SelectionParams
+    from flashvlm_export.graph import modules as graphs
+    from flashvlm_export.graph.dialects import DIALECTS
+    from flashvlm_export.graph.trace import fake_weights, trace
+    from flashvlm_export.selection.flashvlm import SelectionParams
 
     spec = ModelSpec(
         name="x", family="llava", dtype="float32", num_image_tokens=9, image_grid=(1, 9), hidden_size=16, num_layers=1,
@@ -112,7 +112,7 @@ def test_onnxruntime_runs_the_bodies_and_knows_no_plugin_node(request: pytest.Fi
     onnxruntime = pytest.importorskip("onnxruntime")
     import torch
 
-    from flashvlm_export.selection import select
+    from flashvlm_export.selection.flashvlm import select
 
     model = graph(request, "tiny_gqa")
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
@@ -139,7 +139,7 @@ def test_onnxruntime_runs_the_bodies_and_knows_no_plugin_node(request: pytest.Fi
 def test_a_parser_without_the_plugins_refuses_by_name(tiny_gqa_half_bundle: Path, tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     from flashvlm.bundle import Bundle
-    from flashvlm_export.builder import build_engine
+    from flashvlm_export.compile.builder import build_engine
 
     bundle = Bundle(tiny_gqa_half_bundle)
     flags = BuildFlags(compute_capabilities=("8.9",), max_seq=128, max_batch=1, max_query=64)
@@ -211,7 +211,7 @@ def test_the_library_is_loaded_and_recorded(tiny_gqa_half_bundle: Path, tmp_path
 def test_trtexec_is_given_the_library_of_the_engines(tiny_gqa_half_bundle: Path, tmp_path: Path) -> None:
     from flashvlm.bundle import Bundle
     from flashvlm.engines import Engines, EngineSpec
-    from flashvlm.trtexec import Job, command
+    from flashvlm.profiling.trtexec import Job, command
 
     bundle = Bundle(tiny_gqa_half_bundle)
     flags = BuildFlags(compute_capabilities=("8.7",), max_seq=128, max_batch=1, max_query=64)
@@ -234,7 +234,7 @@ def test_trtexec_is_given_the_library_of_the_engines(tiny_gqa_half_bundle: Path,
 PARSE = """
 import sys, onnx, tensorrt_rtx as trt
 from pathlib import Path
-from flashvlm_export.plugin_nodes import for_plugins, register
+from flashvlm_export.compile.plugin_nodes import for_plugins, register
 register(Path(sys.argv[2]), trt)
 model = onnx.load(sys.argv[1])
 if sys.argv[3] == "plugins":

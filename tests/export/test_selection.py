@@ -27,11 +27,12 @@ from selection_references import (
 
 from flashvlm.errors import SelectionError
 from flashvlm.manifest import ModelSpec
-from flashvlm_export import cli, graphs
-from flashvlm_export.baselines import deduplication_steps, evenly_spaced
-from flashvlm_export.dialects import DIALECTS
-from flashvlm_export.onnx_export import fake_weights, trace
-from flashvlm_export.selection import (
+from flashvlm_export.cli import export as cli
+from flashvlm_export.graph import modules as graphs
+from flashvlm_export.graph.dialects import DIALECTS
+from flashvlm_export.graph.trace import fake_weights, trace
+from flashvlm_export.selection.baselines import deduplication_steps, evenly_spaced
+from flashvlm_export.selection.flashvlm import (
     METHODS,
     READS,
     Selection,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from flashvlm_export.selection import SelectionInputs, SelectionParams, select, text_guided_score
+from flashvlm_export.selection.flashvlm import SelectionInputs, SelectionParams, select, text_guided_score
 from gpu_checks.references import DEFAULTS, score64
 
 

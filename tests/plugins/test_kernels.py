@@ -1,4 +1,4 @@
-"""The CUDA kernels, run by the host emulation, against flashvlm_export.selection and a float64 reference.
+"""The CUDA kernels, run by the host emulation, against flashvlm_export.selection.flashvlm and a float64 reference.
 
 With FLASHVLM_TEST_DEVICE=cuda the same tests run the kernels themselves, on the GPU of the machine.
 """
@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch", reason="the references are torch code")
 
 from plugin_references import check_choice, check_score  # noqa: E402
 
-from flashvlm_export.selection import SelectionInputs, SelectionParams, select  # noqa: E402
+from flashvlm_export.selection.flashvlm import SelectionInputs, SelectionParams, select  # noqa: E402
 from gpu_checks.build import build_emulation, build_for_gpu  # noqa: E402
 from gpu_checks.kernels import Kernels, LloydCall, ScoreCall  # noqa: E402
 from gpu_checks.references import DEFAULTS, DEGENERATE, ROUNDING, choice64, degenerate, make  # noqa: E402

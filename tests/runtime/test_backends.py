@@ -15,8 +15,8 @@ import pytest
 from tensorrt_standin import build, install
 
 from flashvlm import FlashVLMError, Pipeline, engines
-from flashvlm.cli import main
-from flashvlm.cli_profile import main as profile_main
+from flashvlm.cli.profile import main as profile_main
+from flashvlm.cli.run import main
 from flashvlm.sessions import cuda, providers
 from refusals import assert_refused, run
 

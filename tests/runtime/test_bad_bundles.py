@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flashvlm.cli import main
+from flashvlm.cli.run import main
 from flashvlm.files import sha256
 from refusals import assert_refused, copy_of, run
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import jinja2
 import pytest
 
-from flashvlm.chat_template import ChatTemplate
 from flashvlm.errors import PromptError
+from flashvlm.text.chat_template import ChatTemplate
 
 EXPRESSIONS = """
 messages | map(attribute='role') | join(', ')

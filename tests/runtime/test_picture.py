@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flashvlm import picture
-from flashvlm.picture import MARGIN, PANEL, REPRESENTATIVE, TOP, draw_kept
+from flashvlm import kept_picture as picture
+from flashvlm.kept_picture import MARGIN, PANEL, REPRESENTATIVE, TOP, draw_kept
 
 PANEL_Y = MARGIN + 42
 

@@ -234,7 +234,7 @@ def test_running_a_bundle_never_imports_torch(tiny_gqa_bundle: Path, tmp_path: P
     code = f"""
 import sys
 sys.argv = ["flashvlm-run", *{arguments!r}]
-from flashvlm.cli import main
+from flashvlm.cli.run import main
 try:
     main()
 except SystemExit as stop:

@@ -16,7 +16,7 @@ from tokenizers import (
 )
 
 from flashvlm.errors import BundleError, PromptError
-from flashvlm.processor import TextProcessor
+from flashvlm.text.processor import TextProcessor
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
 

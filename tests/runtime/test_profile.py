@@ -13,10 +13,10 @@ from PIL import Image
 
 from flashvlm import FlashVLMError, Pipeline
 from flashvlm.bundle import Bundle
-from flashvlm.cli_profile import main
+from flashvlm.cli.profile import main
 from flashvlm.files import atomic_folder
 from flashvlm.generation import Timings
-from flashvlm.profile import (
+from flashvlm.profiling.measure import (
     BudgetProfile,
     Profile,
     ProfileOptions,
@@ -30,7 +30,7 @@ from flashvlm.profile import (
     synthetic_photo,
     synthetic_prompt,
 )
-from flashvlm.report import draw, to_json
+from flashvlm.profiling.report import draw, to_json
 from flashvlm.sessions.onnxruntime import OnnxRuntimeSession
 from refusals import assert_refused, run
 
@@ -275,6 +275,6 @@ def test_not_a_bundle_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_imports_torch() -> None:
-    names = "flashvlm.cli_profile, flashvlm.profile, flashvlm.report, flashvlm.trtexec"
+    names = "flashvlm.cli.profile, flashvlm.profiling.measure, flashvlm.profiling.report, flashvlm.profiling.trtexec"
     code = f"import sys, {names}; sys.exit('torch' in sys.modules or 'onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from flashvlm import FlashVLMError, Pipeline
-from flashvlm.cli import main
+from flashvlm.cli.run import main
 from refusals import assert_refused, run
 
 QUESTION = ("--prompt", "What is it?")
@@ -185,7 +185,7 @@ def test_no_cuda(tiny_bundle: Path) -> None:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "flashvlm.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "flashvlm.cli.run", *map(str, arguments)]
 
 
 def test_nobody_reads_the_answer(tiny_bundle: Path, picture: Path) -> None:

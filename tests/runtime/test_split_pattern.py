@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from flashvlm.split_pattern import check_pattern
+from flashvlm.text.split_pattern import check_pattern
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -16,7 +16,7 @@ from tensorrt_standin import build
 import flashvlm.sessions.cuda
 import flashvlm.sessions.engine
 from flashvlm import FlashVLMError, Pipeline
-from flashvlm.cli import main
+from flashvlm.cli.run import main
 from flashvlm.engines import local_capability
 from refusals import assert_refused, run
 

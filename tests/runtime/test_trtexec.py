@@ -19,11 +19,10 @@ import pytest
 
 from flashvlm import FlashVLMError
 from flashvlm.bundle import Bundle
-from flashvlm.cli_profile import main
+from flashvlm.cli.profile import main
 from flashvlm.engines import ENGINE_MANIFEST, ENGINES, BuildFlags, EngineManifest, EngineSpec, Target
-from flashvlm.profile import ProfileOptions, Spread, synthetic_prompt
-from flashvlm.sessions.onnxruntime import NUMPY_DTYPES
-from flashvlm.trtexec import (
+from flashvlm.profiling.measure import ProfileOptions, Spread, synthetic_prompt
+from flashvlm.profiling.trtexec import (
     OUTSIDE,
     Engines,
     Job,
@@ -39,6 +38,7 @@ from flashvlm.trtexec import (
     sum_by_path,
     write_values,
 )
+from flashvlm.sessions.onnxruntime import NUMPY_DTYPES
 from refusals import assert_refused, copy_of, run
 
 # As samples/common/sampleReporting.cpp prints them: spaces around colons, commas before entries.
@@ -389,7 +389,7 @@ def test_without_trtexec_its_origin_is_told(
     tiny_gqa_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("flashvlm.trtexec.USUAL_FOLDERS", ())
+    monkeypatch.setattr("flashvlm.profiling.trtexec.USUAL_FOLDERS", ())
     folder = copy_of(tiny_gqa_bundle, tmp_path)
     add_engines(folder)
     assert_refused(run(main, folder, "--trtexec"), "trtexec is not on the PATH", "JetPack", "--print-commands")

@@ -20,8 +20,8 @@ from PIL import Image  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from flashvlm import Pipeline  # noqa: E402
-from flashvlm_export import selection  # noqa: E402
-from flashvlm_export.selection import select  # noqa: E402
+from flashvlm_export.selection import flashvlm as selection  # noqa: E402
+from flashvlm_export.selection.flashvlm import select  # noqa: E402
 from quality import command, experimental, measures, plot, report, results  # noqa: E402
 from quality.bundles import Shelf  # noqa: E402
 from quality.command import quality  # noqa: E402

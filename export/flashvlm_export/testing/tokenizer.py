@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # LLaVA-1.5's conversation: an optional system sentence, then turns; the image comes first in its turn.
@@ -89,20 +89,17 @@ def english(lines: int) -> Iterator[str]:
         word = "".join(syllables)
         return word.capitalize() if rng.random() < 0.3 else word
 
+    fillers: dict[str, Callable[[], str]] = {
+        "n": lambda: rng.choice(_NOUNS),
+        "a": lambda: rng.choice(_ADJECTIVES),
+        "v": lambda: rng.choice(_VERBS),
+        "o": lambda: rng.choice(_OTHERS),
+        "w": invented,
+        "y": lambda: str(rng.randint(1500, 2030)),
+        "d": lambda: str(rng.randint(2, 99)),
+    }
     for _ in range(lines):
-        yield re.sub(
-            r"\{(\w)\}",
-            lambda slot: {
-                "n": lambda: rng.choice(_NOUNS),
-                "a": lambda: rng.choice(_ADJECTIVES),
-                "v": lambda: rng.choice(_VERBS),
-                "o": lambda: rng.choice(_OTHERS),
-                "w": invented,
-                "y": lambda: str(rng.randint(1500, 2030)),
-                "d": lambda: str(rng.randint(2, 99)),
-            }[slot[1]](),
-            rng.choice(_TEMPLATES),
-        )
+        yield re.sub(r"\{(\w)\}", lambda slot: fillers[slot[1]](), rng.choice(_TEMPLATES))
 
 
 def make_tokenizer(text_tokens: int, max_length: int, corpus: Iterable[str] | None = None) -> Any:

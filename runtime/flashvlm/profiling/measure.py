@@ -26,8 +26,8 @@ from flashvlm.generation import CACHE_STEP, Timings
 from flashvlm.graph_io import TensorSpec
 from flashvlm.manifest import PROCESSOR, Manifest
 from flashvlm.pipeline import Pipeline
-from flashvlm.processor import EncodedPrompt, TextProcessor
 from flashvlm.sessions import Limits
+from flashvlm.text.processor import EncodedPrompt, TextProcessor
 
 Budget = int | Literal["all"]
 STAGES = ("preprocess", "vision", "select", "prefill", "decode")  # decode: of one token

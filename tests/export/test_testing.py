@@ -1,4 +1,4 @@
-"""scripts/make_checkpoint: its folders load in transformers as the hub's do, the same bytes every time."""
+"""Seeded checkpoints: their folders load in transformers as the hub's do, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ safetensors = pytest.importorskip("safetensors")
 
 from PIL import Image  # noqa: E402
 
-import checkpoints  # noqa: E402
+from flashvlm_export.testing import checkpoints  # noqa: E402
 
-SCRIPT = Path(checkpoints.__file__).with_name("make_checkpoint")
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 
 
@@ -192,7 +191,7 @@ def test_a_broken_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--like", "tiny", "--out", str(tmp_path / "new")]
+    command = [sys.executable, "-m", "flashvlm_export.testing", "--like", "tiny", "--out", str(tmp_path / "new")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "M parameters" in done.stdout

@@ -18,7 +18,7 @@ from jinja2.runtime import Undefined
 from jinja2.tests import TESTS
 from jinja2.utils import Namespace, pass_context
 
-from flashvlm.chat_meter import (
+from flashvlm.text.chat_meter import (
     MAX_ARGUMENT,
     MAX_ITEMS,
     MAX_WIDTH,

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from flashvlm.errors import SelectionError
-
-from .baselines import (
+from flashvlm_export.selection.baselines import (
     cdpruner,
     divprune,
     flashvlm_published,
@@ -27,7 +26,7 @@ from .baselines import (
     visionzip,
     vispruner,
 )
-from .primitives import (
+from flashvlm_export.selection.ops import (
     LOW,
     TINY,
     ScoreFn,

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from flashvlm import cli_support
+from flashvlm.cli import support
 from flashvlm.errors import FlashVLMError, SelectionError, printable
 
 if TYPE_CHECKING:
     from flashvlm.bundle import Bundle
     from flashvlm.engines import Engines, Target
-    from flashvlm.profile import Budget, Profile, ProfileOptions
+    from flashvlm.profiling.measure import Budget, Profile, ProfileOptions
 
-app = cli_support.new_app()
+app = support.new_app()
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
 LINE = 200  # columns of output that goes to a file or a pipe
@@ -53,11 +53,11 @@ def profile(
 ) -> None:
     """Measure vision, selection, prefill and decoding at each budget of a bundle."""
     from flashvlm.bundle import Bundle
-    from flashvlm.profile import ProfileOptions, check_options
-    from flashvlm.report import check_out
+    from flashvlm.profiling.measure import ProfileOptions, check_options
+    from flashvlm.profiling.report import check_out
 
     _check(backend, target_ms, trtexec or print_commands)
-    with cli_support.waiting("checking"):
+    with support.waiting("checking"):
         opened = Bundle(bundle, verify=verify)
     options = ProfileOptions(_budgets(budgets, opened), prompt_tokens, new_tokens, runs, warm_up)
     check_options(opened.manifest, options)
@@ -117,11 +117,11 @@ def _folder(out: Path | None) -> Iterator[Path]:
 
 def _measure(bundle: Bundle, options: ProfileOptions, place: dict[str, Any]) -> Profile:
     from flashvlm.pipeline import Pipeline
-    from flashvlm.profile import measure
+    from flashvlm.profiling.measure import measure
 
-    with cli_support.waiting("loading"):
+    with support.waiting("loading"):
         pipeline = Pipeline.from_bundle(bundle, **place)
-    with cli_support.bars() as bars:
+    with support.bars() as bars:
         advance = bars.start("profiling", (options.runs + options.warm_up) * len(options.budgets))
         return measure(pipeline, str(pipeline.backend), options, advance)
 
@@ -130,9 +130,9 @@ def _print_commands(
     bundle: Bundle, options: ProfileOptions, target: Target | None, plugins: dict[str, list[Path]], out: Path | None
 ) -> None:
     from flashvlm.files import atomic_folder
-    from flashvlm.profile import synthetic_prompt
-    from flashvlm.report import TRTEXEC_FOLDER
-    from flashvlm.trtexec import find_engines, jobs, script, write_values
+    from flashvlm.profiling.measure import synthetic_prompt
+    from flashvlm.profiling.report import TRTEXEC_FOLDER
+    from flashvlm.profiling.trtexec import find_engines, jobs, script, write_values
 
     engines = find_engines(bundle, target)
     target = _target(engines, target, plugins)
@@ -159,10 +159,19 @@ def _drive_trtexec(
 ) -> Profile:
     """Runs every line with its files under ``folder``; the profile tells them as they are under ``out``."""
     from flashvlm.engines import build_command
-    from flashvlm.profile import synthetic_prompt
-    from flashvlm.report import TRTEXEC_FOLDER
-    from flashvlm.trtexec import ANY_GPU, collect, command, find_engines, find_executable, jobs, script, write_values
-    from flashvlm.trtexec import run as run_line
+    from flashvlm.profiling.measure import synthetic_prompt
+    from flashvlm.profiling.report import TRTEXEC_FOLDER
+    from flashvlm.profiling.trtexec import (
+        ANY_GPU,
+        collect,
+        command,
+        find_engines,
+        find_executable,
+        jobs,
+        script,
+        write_values,
+    )
+    from flashvlm.profiling.trtexec import run as run_line
 
     engines = find_engines(bundle, target)
     target = _target(engines, target, plugins)
@@ -174,7 +183,7 @@ def _drive_trtexec(
     prompt = synthetic_prompt(bundle, options.prompt_tokens)[1]
     measured = jobs(bundle, options, prompt, engines)
     files.mkdir()
-    with cli_support.bars() as bars:
+    with support.bars() as bars:
         advance = bars.start("profiling", len(measured))
         for job in measured:
             write_values(job, files)
@@ -205,8 +214,8 @@ def _backend(engines: Engines) -> str:
 def _report(measured: Profile, target_ms: float | None, folder: Path | None) -> None:
     from rich.console import Console
 
-    from flashvlm.profile import recommend
-    from flashvlm.report import print_table, write
+    from flashvlm.profiling.measure import recommend
+    from flashvlm.profiling.report import print_table, write
 
     recommendation = None if target_ms is None else recommend(measured, target_ms)
     if folder is not None:
@@ -218,7 +227,7 @@ def _report(measured: Profile, target_ms: float | None, folder: Path | None) -> 
 
 
 def main() -> None:
-    cli_support.run(app, "flashvlm-profile")
+    support.run(app, "flashvlm-profile")
 
 
 if __name__ == "__main__":

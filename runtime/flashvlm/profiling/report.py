@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from flashvlm.cli_support import megabytes
+from flashvlm.cli.support import megabytes
 from flashvlm.errors import FlashVLMError
 from flashvlm.files import refuse_link
-from flashvlm.picture import INK, MARGIN, MUTED, PANEL, PAPER, RULE, Rgb
-from flashvlm.profile import STAGES, BudgetProfile, Profile, Recommendation, Spread
-from flashvlm.trtexec import over_layers
+from flashvlm.kept_picture import INK, MARGIN, MUTED, PANEL, PAPER, RULE, Rgb
+from flashvlm.profiling.measure import STAGES, BudgetProfile, Profile, Recommendation, Spread
+from flashvlm.profiling.trtexec import over_layers
 
 JSON_FILE, PICTURE_FILE, TRTEXEC_FOLDER = "profile.json", "profile.png", "trtexec"
 SCHEMA_VERSION = 1

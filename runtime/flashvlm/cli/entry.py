@@ -15,16 +15,16 @@ def _start(module: str) -> None:
 
 
 def run() -> None:
-    _start("flashvlm.cli")
+    _start("flashvlm.cli.run")
 
 
 def profile() -> None:
-    _start("flashvlm.cli_profile")
+    _start("flashvlm.cli.profile")
 
 
 def export() -> None:
-    _start("flashvlm_export.cli")
+    _start("flashvlm_export.cli.export")
 
 
 def compile() -> None:
-    _start("flashvlm_export.cli_compile")
+    _start("flashvlm_export.cli.compile")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from flashvlm import graph_io
 from flashvlm.graph_io import TensorSpec
 from flashvlm.manifest import ModelSpec
-from flashvlm_export.dialects import Dialect
-from flashvlm_export.plugin_nodes import DOMAIN, LLOYD_OP, SCORE_OP
-from flashvlm_export.selection import METHODS, SelectionInputs, SelectionParams, flashvlm, select
+from flashvlm_export.compile.plugin_nodes import DOMAIN, LLOYD_OP, SCORE_OP
+from flashvlm_export.graph.dialects import Dialect
+from flashvlm_export.selection.flashvlm import METHODS, SelectionInputs, SelectionParams, flashvlm, select
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

@@ -15,8 +15,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from flashvlm.errors import BundleError, no_panic
-from flashvlm.split_pattern import MAX_LENGTH as MAX_PATTERN
-from flashvlm.split_pattern import check_pattern
+from flashvlm.text.split_pattern import MAX_LENGTH as MAX_PATTERN
+from flashvlm.text.split_pattern import check_pattern
 
 MAX_STEPS = 8  # normalizers, pre-tokenizers and so on, of each; published files have up to 5
 MAX_NESTED = 4  # sequences in sequences; published files have 1

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Write a LLaVA-1.5-style checkpoint folder with seeded random weights. checkpoints.py does the work."""
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-import checkpoints
+from flashvlm_export.testing import checkpoints
 
-Like = Enum("Like", {name: name for name in checkpoints.PRESETS}, type=str)
-Dtype = Enum("Dtype", {name: name for name in checkpoints.DTYPES}, type=str)
-NamingChoice = Enum("NamingChoice", {name: name for name in checkpoints.NAMINGS}, type=str)
+Like = Enum("Like", {name: name for name in checkpoints.PRESETS}, type=str)  # type: ignore[misc]
+Dtype = Enum("Dtype", {name: name for name in checkpoints.DTYPES}, type=str)  # type: ignore[misc]
+NamingChoice = Enum("NamingChoice", {name: name for name in checkpoints.NAMINGS}, type=str)  # type: ignore[misc]
 
 app = typer.Typer(add_completion=False)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .primitives import (
+from flashvlm_export.selection.ops import (
     HIGH,
     LOW,
     ScoreFn,

@@ -28,8 +28,7 @@ from flashvlm.engines import Engines, Target, build_command, built_from, newest_
 from flashvlm.errors import FlashVLMError
 from flashvlm.graph_io import prefill_graph, select_graph
 from flashvlm.manifest import GraphSpec
-from flashvlm.processor import EncodedPrompt
-from flashvlm.profile import (
+from flashvlm.profiling.measure import (
     Budget,
     BudgetProfile,
     Profile,
@@ -40,6 +39,7 @@ from flashvlm.profile import (
     image_tokens,
     kv_bytes,
 )
+from flashvlm.text.processor import EncodedPrompt
 
 T = TypeVar("T")
 Stage = Literal["vision", "select", "prefill", "decode", "fused"]

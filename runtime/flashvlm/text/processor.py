@@ -14,10 +14,10 @@ import jinja2
 import numpy as np
 from tokenizers import Tokenizer
 
-from flashvlm.chat_template import ChatTemplate
 from flashvlm.errors import BundleError, PromptError, no_panic
 from flashvlm.files import MAX_JSON, parse_json, read_bytes
-from flashvlm.tokenizer_file import load_tokenizer
+from flashvlm.text.chat_template import ChatTemplate
+from flashvlm.text.tokenizer_file import load_tokenizer
 
 Message = Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """Graph -> onnx_ir model: traced on fake tensors, folded, named by path, weights left as references.
 
 No weight is in memory at any point: parameters are fake while tracing, and each becomes a ``Weight``, the recipe by
-which ``weights.py`` later streams it from the checkpoint into external data.
+which ``weights`` later streams it from the checkpoint into external data.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashvlm.errors import FlashVLMError
-from flashvlm_export.dialects import Dialect
-from flashvlm_export.graphs import TORCH_DTYPES, Graph
-from flashvlm_export.plugin_nodes import DOMAIN, LLOYD_OP, SCORE_OP
-from flashvlm_export.selection import masked_lloyd, text_guided_score
+from flashvlm_export.compile.plugin_nodes import DOMAIN, LLOYD_OP, SCORE_OP
+from flashvlm_export.graph.dialects import Dialect
+from flashvlm_export.graph.modules import TORCH_DTYPES, Graph
+from flashvlm_export.selection.flashvlm import masked_lloyd, text_guided_score
 
 # Prime, distinct and above one, so that no two symbolic dimensions and no constant are taken for each other.
 EXAMPLE_SIZES = {"batch": 2, "sequence": 5, "query": 7, "prefix": 3, "suffix": 11, "capacity": 37}

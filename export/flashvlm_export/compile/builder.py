@@ -14,7 +14,7 @@ from flashvlm.errors import FlashVLMError
 from flashvlm.files import atomic_file, read_bytes, sha256
 from flashvlm.graph_io import TensorSpec
 from flashvlm.manifest import GraphSpec
-from flashvlm_export import plugin_nodes
+from flashvlm_export.compile import plugin_nodes
 
 # Shapes the compiler tunes for: one decode step's neighbourhood would starve prefill, the maximum starves both.
 TYPICAL = {"batch": 1, "sequence": 128, "query": 32, "prefix": 16, "suffix": 64}

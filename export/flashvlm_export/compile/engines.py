@@ -33,8 +33,8 @@ from flashvlm.engines import (
 )
 from flashvlm.errors import BundleError, FlashVLMError
 from flashvlm.files import atomic_folder, make_folder, refuse_link, sha256
-from flashvlm_export import plugin_nodes
-from flashvlm_export.builder import Start, build_engine, sm_name
+from flashvlm_export.compile import plugin_nodes
+from flashvlm_export.compile.builder import Start, build_engine, sm_name
 from flashvlm_export.output import check_space, foreign_to_engines
 
 

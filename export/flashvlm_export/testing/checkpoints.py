@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from checkpoint_tokenizer import CHAT_TEMPLATE, FIXED_TOKENS, make_tokenizer
+from flashvlm_export.testing.tokenizer import CHAT_TEMPLATE, FIXED_TOKENS, make_tokenizer
 
 Naming = Literal["hub", "transformers5", "module"]
 NAMINGS: tuple[Naming, ...] = ("hub", "transformers5", "module")

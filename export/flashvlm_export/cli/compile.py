@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashvlm import cli_support
+from flashvlm.cli import support
 from flashvlm.errors import FlashVLMError
 
 if TYPE_CHECKING:
-    from flashvlm_export.compile import CompileReport
+    from flashvlm_export.compile.engines import CompileReport
 
-app = cli_support.new_app()
+app = support.new_app()
 
 
 class TargetName(str, Enum):
@@ -54,7 +54,7 @@ def compile(
     force: Annotated[bool, typer.Option("--force", help="Build again what still matches.")] = False,
 ) -> None:
     """Build TensorRT engines for every graph of a bundle."""
-    from flashvlm_export.compile import CompileOptions, compile_bundle
+    from flashvlm_export.compile.engines import CompileOptions, compile_bundle
 
     options = CompileOptions(
         bundle=bundle,
@@ -72,7 +72,7 @@ def compile(
         plugins=plugins,
         force=force,
     )
-    with cli_support.bars() as progress:
+    with support.bars() as progress:
         report = compile_bundle(options, progress.start)
     _summary(report)
 
@@ -107,14 +107,14 @@ def _summary(report: CompileReport) -> None:
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name, engine in report.manifest.engines.items():
         seconds = "reused" if name in report.reused else f"{engine.build_seconds:.1f}"
-        table.add_row(name, cli_support.megabytes(engine.size), seconds, f"{engine.peak_rss / 2**20:.0f} MiB")
+        table.add_row(name, support.megabytes(engine.size), seconds, f"{engine.peak_rss / 2**20:.0f} MiB")
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(f"{report.folder} in {report.seconds:.1f} s", highlight=False)
 
 
 def main() -> None:
-    cli_support.run(app, "flashvlm-compile")
+    support.run(app, "flashvlm-compile")
 
 
 if __name__ == "__main__":

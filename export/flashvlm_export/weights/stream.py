@@ -23,7 +23,7 @@ import torch
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.manifest import FileSpec
 from flashvlm_export.checkpoint import ITEMSIZE, StoredTensor
-from flashvlm_export.graphs import TORCH_DTYPES
+from flashvlm_export.graph.modules import TORCH_DTYPES
 
 ALIGNMENT = 4096  # ONNX Runtime maps external data by page
 BLOCK = 8 << 20

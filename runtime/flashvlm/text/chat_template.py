@@ -21,7 +21,8 @@ from jinja2.runtime import Context, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from flashvlm.chat_filters import (
+from flashvlm.errors import PromptError
+from flashvlm.text.chat_filters import (
     COMPARED,
     CONCAT,
     EACH,
@@ -34,7 +35,7 @@ from flashvlm.chat_filters import (
     TEST_TABLE,
     printed,
 )
-from flashvlm.chat_meter import (
+from flashvlm.text.chat_meter import (
     CHARACTERS_A_STEP,
     MAX_DEPTH,
     MAX_INTEGER,
@@ -47,7 +48,6 @@ from flashvlm.chat_meter import (
     operate,
     words,
 )
-from flashvlm.errors import PromptError
 
 MAX_TEMPLATE = 128 << 10  # characters; published templates have up to 20,000, and parsing is 15 us a character
 MAX_NODES = 10_000  # of the parsed template; published ones have up to 800, and compiling is 50 us a node

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flashvlm import cli_support
+from flashvlm.cli import support
 from flashvlm.errors import FlashVLMError, ImageError, PromptError, SelectionError, printable
 
 if TYPE_CHECKING:
     from flashvlm.pipeline import Answer, Pipeline, Stream
 
-app = cli_support.new_app()
+app = support.new_app()
 
 
 @app.command()
@@ -75,7 +75,7 @@ def run(
         "plugins": plugins,
         "engine_code": engine_code,
     }
-    with cli_support.waiting("loading"):
+    with support.waiting("loading"):
         pipeline = Pipeline.from_bundle(bundle, verify=verify, **place)
     if prompt is None:
         _chat(pipeline, source, keep, options)
@@ -102,12 +102,12 @@ def _budget(text: str | None) -> int | Literal["all"] | None:
 
 def _drain(start: Callable[[], Stream], silent: bool) -> Answer:
     """Prints the pieces as they come; a spinner on a terminal until the first one."""
-    with cli_support.waiting("reading"):
+    with support.waiting("reading"):
         stream = start()
         first = next(stream, "")
     for piece in itertools.chain([first], stream):
         if not silent:
-            typer.echo(cli_support.for_terminal(piece), nl=False)
+            typer.echo(support.for_terminal(piece), nl=False)
     if not silent:
         typer.echo("")
     assert stream.answer is not None
@@ -178,7 +178,7 @@ def _check_show(path: Path, source: Path | None) -> None:
 def _save_picture(pipeline: Pipeline, source: Path, prompt: str, answer: Answer, path: Path) -> None:
     from flashvlm.files import atomic_file
     from flashvlm.images import crop_box, load_image
-    from flashvlm.picture import draw_kept
+    from flashvlm.kept_picture import draw_kept
 
     manifest = pipeline.bundle.manifest
     image = load_image(source)
@@ -229,7 +229,7 @@ def _print_stats(pipeline: Pipeline, answer: Answer) -> None:
 
 
 def main() -> None:
-    cli_support.run(app, "flashvlm-run")
+    support.run(app, "flashvlm-run")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashvlm import cli_support
+from flashvlm.cli import support
 from flashvlm.errors import FlashVLMError, SelectionError
 
 if TYPE_CHECKING:
     from flashvlm_export.exporter import ExportReport
     from flashvlm_export.plan import Plan
 
-app = cli_support.new_app()
+app = support.new_app()
 
 PLAN_WIDTH = 120  # columns of a plan that goes to a file or a pipe
 
@@ -99,12 +99,12 @@ def export(
             "Missing option '--out', the bundle folder to write; or --plan, to see sizes without one "
             "(see flashvlm-export --help)"
         )
-    with cli_support.bars(quiet) as progress:
+    with support.bars(quiet) as progress:
         starting = progress.start("starting", 1)
         with _installed():
             from flashvlm_export.exporter import ExportOptions
             from flashvlm_export.exporter import export as run_export
-            from flashvlm_export.selection import SelectionParams
+            from flashvlm_export.selection.flashvlm import SelectionParams
         starting(1)
         params = SelectionParams(
             eta=eta,
@@ -160,7 +160,7 @@ def _plan(
     for name, size in zip(("max-batch", "prompt-tokens", "new-tokens"), sizes[1:], strict=True):
         if size is not None and size < 1:
             raise FlashVLMError(f"--{name} {size}: expected at least 1")
-    with cli_support.waiting("planning"), _installed():
+    with support.waiting("planning"), _installed():
         from flashvlm_export.plan import PlanOptions
         from flashvlm_export.plan import plan as run_plan
 
@@ -177,7 +177,7 @@ def _print_plan(found: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    size = cli_support.megabytes
+    size = support.megabytes
     console = Console(soft_wrap=True, highlight=False)
     if not console.is_terminal:
         console = Console(soft_wrap=True, highlight=False, width=PLAN_WIDTH)
@@ -240,21 +240,21 @@ def _summary(report: ExportReport) -> None:
     table.add_column("file")
     table.add_column("size", justify="right")
     for name, spec in manifest.files.items():
-        table.add_row(name, cli_support.megabytes(spec.size))
+        table.add_row(name, support.megabytes(spec.size))
     console = Console(soft_wrap=True)
     console.print(table)
     total = sum(spec.size for spec in manifest.files.values())
     budgets = ", ".join(map(str, (*manifest.selection.budgets, "all")))
     console.print(
         f"{manifest.model.num_image_tokens} image tokens, budgets {budgets}; {manifest.model.dtype}; "
-        f"{cli_support.megabytes(total)} in {report.seconds:.1f} s; peak memory {report.peak_rss / 2**20:.0f} MiB",
+        f"{support.megabytes(total)} in {report.seconds:.1f} s; peak memory {report.peak_rss / 2**20:.0f} MiB",
         highlight=False,
     )
     console.print(f"next: flashvlm-run {report.out} --image IMAGE --prompt QUESTION", highlight=False)
 
 
 def main() -> None:
-    cli_support.run(app, "flashvlm-export")
+    support.run(app, "flashvlm-export")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The nn.Modules of a bundle's graphs, and how they become ONNX."""

@@ -1,0 +1,1 @@
+"""Selection methods: which visual tokens a budget keeps."""

@@ -1,0 +1,1 @@
+"""Checkpoint tensors to the weights of a bundle."""

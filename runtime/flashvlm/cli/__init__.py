@@ -1,0 +1,1 @@
+"""The commands of the runtime: flashvlm-run and flashvlm-profile."""
