@@ -14,11 +14,35 @@ from typing import Any
 
 import pytest
 
+from tiers import NAMES, UNIT_LACKS, tier_of
+
 # scripts/ is no package; its modules are imported by name, as the scripts themselves do.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+# One worker a core: more threads of torch would only wait for each other, at a quarter of the processor time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TESTS = Path(__file__).parent
 Make = Callable[[Path], object]
 Once = Callable[[str, Make], Path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "unit":
+        sys.modules.update(dict.fromkeys(UNIT_LACKS))  # type: ignore[arg-type] - None: an import of it fails
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A run of the unit tier reads no file of another: most import torch."""
+    if config.option.markexpr != "unit" or collection_path.suffix != ".py":
+        return None
+    return tier_of(collection_path.relative_to(TESTS).as_posix()) != "unit" or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(TESTS) and not any(item.get_closest_marker(name) for name in NAMES):
+            item.add_marker(tier_of(item.path.relative_to(TESTS).as_posix()))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""The commands of the README and of docs/, run as they stand in a copy of the tree."""
+"""The commands of the README and of docs/, run as they stand in a copy of the tree.
+
+The fast tier runs scripts/demo and, on its bundle, what takes no minute; the slow one runs everything.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ EXCLUDED = (".git", ".venv", "demo-out", "*cache*")
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A copy of the tree in which scripts/demo ran twice, and what the second run printed."""
+    """A copy of the tree in which scripts/demo ran, and what it printed."""
     tree = tmp_path_factory.mktemp("readme") / "flashvlm"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*EXCLUDED))
     # The environment the tests run in stands for the one scripts/demo would install.
@@ -27,8 +30,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         (tree / ".venv" / name).symlink_to(Path(sys.prefix, name))
     want = subprocess.check_output("cat pyproject.toml constraints.txt | cksum", shell=True, cwd=tree, text=True)
     (tree / ".venv" / "installed-export,cpu").write_text(f"export,cpu {want}")
-    assert "error" not in run("scripts/demo", tree)
-    return tree, run("scripts/demo", tree)
+    printed = run("scripts/demo", tree)
+    assert "error" not in printed
+    return tree, printed
 
 
 def run(command: str, folder: Path) -> str:
@@ -55,19 +59,35 @@ def test_the_demo_answers_and_draws(demo: tuple[Path, str]) -> None:
         assert picture.width > 1000
 
 
-def test_the_commands_of_the_readme_run(demo: tuple[Path, str]) -> None:
+@pytest.mark.slow
+def test_the_demo_runs_again_on_the_bundle_it_has(demo: tuple[Path, str]) -> None:
+    tree, _ = demo
+    manifest = tree / "demo-out" / "bundle" / "bundle.json"
+    made = manifest.stat()
+    assert "A: yellow" in run("scripts/demo", tree)
+    assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["quick", "every"])
+def test_the_commands_of_the_readme_run(demo: tuple[Path, str], every: bool) -> None:
     tree, _ = demo
     Image.open(tree / "scripts" / "assets" / "scene.png").save(tree / "cat.jpg")
     first, own = blocks("README.md", "bash")
     assert [line.split()[0] for line in first.splitlines()] == ["scripts/demo", "scripts/test"]
-    ran = 0
+    bundle = tree / "llava"
+    bundle.unlink(missing_ok=True)
+    if not every:
+        bundle.symlink_to("demo-out/bundle")
+    ran = []
     for line in own.splitlines():
-        if line.startswith("flashvlm-"):
+        command = line.split()[0]
+        minutes = command == "flashvlm-compile" or (command == "flashvlm-export" and "--plan" not in line)
+        if command.startswith("flashvlm-") and (every or not minutes):
             # No hub in a test; the demo model has LLaVA-1.5's 576 image tokens.
             line = line.replace("--model llava-1.5-7b", "--model demo")
             run(f"echo 'What is it?' | {line}", tree)
-            ran += 1
-    assert ran == 6
+            ran.append(command)
+    assert len(ran) == (6 if every else 4)
     (python,) = blocks("README.md", "python")
     (tree / "example.py").write_text(python)
     assert run("python example.py", tree).strip()

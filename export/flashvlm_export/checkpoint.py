@@ -17,30 +17,26 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flashvlm.bundle import hub_blobs
 from flashvlm.errors import CheckpointError, FlashVLMError, printable
-from flashvlm.files import open_regular, parse_json
+from flashvlm.files import open_regular, parse_json, read_bytes
 from flashvlm.files import read_json as read_any_json
 from flashvlm.manifest import first_problem
 from flashvlm_export.config_bounds import checked_config
+from flashvlm_export.dtypes import DTYPES, STORED_FLOATS
+from flashvlm_export.families import aliases
 
-ALIASES = {
-    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
-}
 # Part of this package: 6 M parameters that answer questions about drawn scenes (demo/README.md).
 SHIPPED = {"demo": Path(__file__).with_name("demo")}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Everything an export reads; in particular never code, never pickles.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "README.md", "LICEN[CS]E*", "NOTICE*"]
 MAX_HEADER = 100 << 20  # the safetensors format's own limit
 HUB_TIMEOUT = 20  # seconds
 MAX_NUMBER = 1 << 48  # of a dimension, or an offset in bytes
 MAX_RANK = 8
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -55,21 +51,17 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].size
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local checkpoint: its folder, ``config.json`` as a dict, and every tensor by name."""
+    """A local checkpoint: what it was called, its folder, ``config.json`` as a dict, and every tensor by name."""
 
     name: str
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
@@ -125,9 +117,9 @@ def _locate(model: str, revision: str | None, files: list[str] = HUB_FILES) -> P
         if revision is not None:
             raise CheckpointError(f"--revision {revision} is for models on the Hub; {model} comes with this package")
         return SHIPPED[model]
-    repo = ALIASES.get(model, model)
+    repo = aliases().get(model, model)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")) or repo.endswith("/"):
-        known = ", ".join((*SHIPPED, *ALIASES))
+        known = ", ".join((*SHIPPED, *aliases()))
         raise CheckpointError(
             f"unknown model {model!r}: expected a folder, a Hub id such as owner/name, or one of {known}"
         )
@@ -226,11 +218,12 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{file}: the header entry of {name} is damaged; download it again") from None
-        if code not in DTYPES:
+        if code not in STORED_FLOATS:
+            known = ", ".join(STORED_FLOATS)
             raise CheckpointError(
-                f"{file}: {name} is {code}; expected one of {', '.join(DTYPES)} (quantized weights: use the original)"
+                f"{file}: {name} is {code}; expected one of {known} (quantized weights: use the original)"
             )
-        tensor = StoredTensor(name, file, start + first, DTYPES[code], shape)
+        tensor = StoredTensor(name, file, start + first, STORED_FLOATS[code], shape)
         if last - first != tensor.nbytes:
             raise CheckpointError(
                 f"{file}: {name} {list(shape)} needs {tensor.nbytes} bytes, its entry spans {last - first}"
@@ -264,6 +257,27 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> dict[str, Any]:
     """``config.json`` with its numbers in range. Raises CheckpointError."""
     return checked_config(read_json(path))
+
+
+def read_file(folder: Path, name: str, limit: int) -> bytes | None:
+    """A regular file of at most ``limit`` bytes in a checkpoint, or in the Hub cache that it is a snapshot of.
+
+    None: there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is a link out of the checkpoint.
+    """
+    path = folder / name
+    try:
+        root, target = folder.resolve(), path.resolve(strict=True)
+        if root not in target.parents and target.parent != hub_blobs(root):
+            raise CheckpointError(f"{path} is a link to {target}, outside the checkpoint; copy the file itself there")
+        return read_bytes(path, limit)
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be read: {reason}; download it again") from None
 
 
 def _exists(path: Path, kind: Callable[[Path], bool]) -> bool:

@@ -6,11 +6,13 @@ Every range holds all models there are with room to spare. What has no range her
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from flashvlm.errors import CheckpointError
 
-INTEGERS = {
+Ranges = Mapping[str, tuple[float, float]]
+INTEGERS: Ranges = {
     "hidden_size": (1, 1 << 16),
     "intermediate_size": (1, 1 << 18),
     "num_hidden_layers": (1, 512),
@@ -27,8 +29,11 @@ INTEGERS = {
     "pretraining_tp": (1, 1024),
     "chunk_size_feed_forward": (0, 1 << 24),
     "image_seq_length": (1, 1 << 16),
+    "image_token_index": (0, (1 << 22) - 1),
+    "image_token_id": (0, (1 << 22) - 1),
+    "video_token_id": (0, (1 << 22) - 1),
 }
-REALS = {
+REALS: Ranges = {
     "rms_norm_eps": (0.0, 1.0),
     "layer_norm_eps": (0.0, 1.0),
     "initializer_range": (0.0, 100.0),
@@ -51,8 +56,10 @@ NOT_THE_MODEL = frozenset(
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def checked_config(config: dict[str, Any], where: str = "config.json") -> dict[str, Any]:
-    """A configuration whose numbers are in range, without what is not the model.
+def checked_config(
+    config: dict[str, Any], where: str = "config.json", integers: Ranges = INTEGERS, reals: Ranges = REALS
+) -> dict[str, Any]:
+    """A configuration whose numbers are in range, without what is not the model. A family may check keys of its own.
 
     Raises:
         CheckpointError: a number is of another kind or out of range; the key, what was found and the range.
@@ -62,20 +69,21 @@ def checked_config(config: dict[str, Any], where: str = "config.json") -> dict[s
         if key in NOT_THE_MODEL:
             continue
         if isinstance(value, dict):
-            kept[key] = checked_config(value, f"{where}: {key}" if ":" not in where else f"{where}.{key}")
+            inner = f"{where}: {key}" if ":" not in where else f"{where}.{key}"
+            kept[key] = checked_config(value, inner, integers, reals)
             continue
-        low, high = INTEGERS.get(key) or REALS.get(key) or (-math.inf, math.inf)
+        low, high = integers.get(key) or reals.get(key) or (-math.inf, math.inf)
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise CheckpointError(f"{_at(where, key)} is {_short(value)}; expected {low:,} to {high:,}")
-        if key in INTEGERS and isinstance(value, (bool, float, str)):
+        if key in integers and isinstance(value, (bool, float, str)):
             raise CheckpointError(f"{_at(where, key)} is {value!r}; expected a whole number")
-        if key in REALS and isinstance(value, (bool, str)):
+        if key in reals and isinstance(value, (bool, str)):
             raise CheckpointError(f"{_at(where, key)} is {value!r}; expected a number")
         kept[key] = value
     return kept
 
 
-def refuse_unlike_attention(text: dict[str, Any], where: str = "text_config") -> None:
+def refuse_unlike_attention(text: dict[str, Any], where: str) -> None:
     """Refuses what the decoder graph would leave out in silence: windows, and rotary embeddings that depend on length.
 
     Raises:

@@ -12,7 +12,7 @@ from flashvlm.errors import BundleError, FlashVLMError
 from flashvlm.files import read_json, refuse_link
 
 
-def check_out(out: Path, force: bool) -> None:
+def check_place(out: Path, force: bool) -> None:
     """Refuses a place that cannot be written, or that holds something this export may not replace."""
     try:
         exists = out.parent.is_dir()

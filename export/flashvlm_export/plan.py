@@ -1,46 +1,38 @@
 """Memory of a model at each budget, from its ``config.json`` alone: no download, no weights, no trace.
 
 Parameters are counted on transformers' own model, built on the meta device, and laid out as an export lays them out.
-Activations are an estimate. Its formula, per graph, is the largest set of tensors alive at once when no operators are
-fused, for T tokens of width D, feed-forward width F, H heads (Hkv of them with keys) of size d, and C cache rows:
-
-    residual   2 T D
-    attention  2 T (H + 2 Hkv) d + T H d            query, key and value before and after rotation, and the output
-               legacy: + 2 H T (C + T), 4 bytes each, + 2 Hkv (C + T) d     scores and softmax; cache beside new rows
-    MLP        3 T F                                gate, up and their product
-    mask       T C; legacy: T (C + T)
-    logits     V, in the model's dtype and in float32
-    a graph    residual + max(attention, MLP) + mask + logits
-
-A TensorRT engine reserves that for the longest prompt it was built for: engines count it at T = C = max_seq, prompts
-at their own length. Selection counts its float32 copies of the tokens and three [N, N] matrices.
+Activations are an estimate (``costs.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from flashvlm.errors import CheckpointError, FlashVLMError, SelectionError
-from flashvlm.graph_io import FloatType
-from flashvlm.manifest import ModelSpec
+from flashvlm.errors import CheckpointError, FlashVLMError
+from flashvlm.graph_io import DialectName, FloatType
 from flashvlm.profiling.measure import allocated_rows
-from flashvlm_export.checkpoint import ALIASES, ITEMSIZE, StoredTensor, describes_a_model, find_config
-from flashvlm_export.families import CONFIGS, family_of
-from flashvlm_export.graph import modules as graphs
-from flashvlm_export.weights import stream as weights
+from flashvlm_export.checkpoint import StoredTensor, describes_a_model, find_config
+from flashvlm_export.costs import Costs
+from flashvlm_export.dtypes import DTYPES, STORED_FLOATS
+from flashvlm_export.families import aliases, configs, family_of
+from flashvlm_export.families.contract import Family, LanguageSpec
+from flashvlm_export.graph.dialects import DIALECTS
+from flashvlm_export.opening import check_budgets
+from flashvlm_export.weights.layout import ALIGNMENT, Layout
+from flashvlm_export.weights.recipes import plain
 
 # docs/measurements.md, "Engines": bytes of an engine for each byte of its weights, and of memory while building it.
 VISION_ENGINE, DECODER_ENGINE = 1.01, 1.002
 SELECT_ENGINE = 4_000_000
 BUILD_PEAK, BUILD_ANONYMOUS = 3.1, 2.05
-HEADER = weights.ALIGNMENT  # of the embedding table's file
+HEADER = ALIGNMENT  # of the embedding table's file
 
 
 @dataclass(frozen=True)
@@ -53,10 +45,10 @@ class PlanOptions:
 
     model: str
     budgets: tuple[int, ...] = (64,)
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Literal["auto"] | FloatType = "auto"
     max_seq: int | None = None
     max_batch: int = 1
-    dialect: Literal["modern", "legacy"] = "modern"
+    dialect: DialectName = "modern"
     text_tokens: int = 40
     new_tokens: int = 64
     revision: str | None = None
@@ -107,11 +99,11 @@ class Plan(_Record):
 
     model: str
     dtype: FloatType
-    dialect: Literal["modern", "legacy"]
+    dialect: DialectName
     max_batch: int
     text_tokens: int
     new_tokens: int
-    num_image_tokens: int
+    candidates: int
     parameters: int
     parts: dict[str, Part]
     bundle_bytes: int
@@ -128,67 +120,36 @@ def plan(options: PlanOptions) -> Plan:
 
     Raises:
         FlashVLMError: no such model, no config.json, a model of no supported family, or options that do not fit it.
+
+    Example:
+        >>> plan(PlanOptions("llava-1.5-7b", (64, 128), dtype="float16")).budgets[0].device_total
     """
     config_dict, where = _config(options)
     family = family_of(config_dict)
-    dtype = _dtype(options, config_dict, where)
-    config, model = _model(family, config_dict, dtype, where)
+    dtype = _dtype(options, family, config_dict, where)
     with describes_a_model(Path(where)):
-        spec: ModelSpec = family.model_spec(config, Path(options.model).name, dtype, None, ())
-    _check(options, spec)
-    parts = _parts(family, config, model, dtype)
-    tower, text = config.vision_config, config.text_config
-    kv_token = 2 * spec.num_layers * spec.num_key_value_heads * spec.head_dim * ITEMSIZE[dtype]
+        config = family.read_config(config_dict)
+        with torch.device("meta"):
+            module = family.build(config, DTYPES[dtype].torch).eval()
+        language, towers = family.language_spec(config), family.tower_specs(config)
+    candidates = max(tower.candidates for tower in towers)
+    _check(options, language, candidates)
+    parts = _parts(family, config, module, dtype)
     vision, decoder, embedding = parts["vision"], parts["decoder"], parts["embedding"]
-    engines = (vision.engine_bytes or 0) + (decoder.engine_bytes or 0) + SELECT_ENGINE * len(options.budgets)
-    batch, item = options.max_batch, ITEMSIZE[dtype]
-    seen = batch * _vision_activations(tower, item, options.dialect)
-    chosen = batch * _select_activations(spec, tower.hidden_size, options.text_tokens)
-    body = decoder.parameters - spec.vocab_size * spec.hidden_size  # the head runs on one token
-
-    def flops(tokens: int) -> float:
-        """Of a prefill: two for a parameter and token, and causal attention; the head runs on one token."""
-        attention = 2 * text.num_hidden_layers * tokens * tokens * text.num_attention_heads * spec.head_dim
-        return 2.0 * body * tokens + attention + 2 * spec.vocab_size * spec.hidden_size
-
-    every = flops(spec.num_image_tokens + options.text_tokens)
-    budgets = []
-    for budget in (*options.budgets, None):
-        prompt = (budget or spec.num_image_tokens) + options.text_tokens
-        rows = prompt + options.new_tokens - 1  # the last new token needs none
-        capacity = options.max_seq or min(allocated_rows(prompt, options.new_tokens), spec.max_seq)
-        if rows > capacity:
-            asked = f"--max-seq {options.max_seq}" if options.max_seq else f"the model's {capacity} positions"
-            raise FlashVLMError(
-                f"{asked}: budget {budget or 'all'} needs {rows} rows for {options.text_tokens} tokens of text and "
-                f"{options.new_tokens} of answer; plan for fewer, or raise --max-seq"
-            )
-        reserved = batch * _decoder_activations(text, spec, item, capacity, capacity, options.dialect)
-        kv = batch * kv_token * capacity
-        held = reserved + seen + (chosen if budget else 0)
-        budgets.append(
-            BudgetPlan(
-                budget=budget or "all",
-                prompt_tokens=prompt,
-                rows=rows,
-                kv_used=batch * kv_token * rows,
-                capacity=capacity,
-                kv_capacity=kv,
-                activations=batch * _decoder_activations(text, spec, item, prompt, capacity, options.dialect),
-                engine_activations=held,
-                device_total=engines + kv + held,
-                prefill_flops=flops(prompt),
-                prefill_share=flops(prompt) / every,
-            )
-        )
+    selects = sum(budget <= tower.candidates for tower in towers for budget in options.budgets)
+    engines = (vision.engine_bytes or 0) + (decoder.engine_bytes or 0) + SELECT_ENGINE * selects
+    head = 0 if family.tied_head(config) else language.vocab * language.hidden
+    body = decoder.parameters - head
+    cost = Costs(language, towers, body, DTYPES[dtype].size, DIALECTS[options.dialect])
+    kv_token = cost.kv_token
     return Plan(
         model=options.model,
         dtype=dtype,
         dialect=options.dialect,
-        max_batch=batch,
+        max_batch=options.max_batch,
         text_tokens=options.text_tokens,
         new_tokens=options.new_tokens,
-        num_image_tokens=spec.num_image_tokens,
+        candidates=candidates,
         parameters=sum(part.parameters for part in parts.values()),
         parts=parts,
         bundle_bytes=sum(part.file_bytes or 0 for part in parts.values()),
@@ -197,9 +158,38 @@ def plan(options: PlanOptions) -> Plan:
         build_anonymous_bytes=int(BUILD_ANONYMOUS * decoder.bytes),
         host_bytes=embedding.bytes,
         kv=KVCache(
-            bytes_per_token=kv_token, max_positions=spec.max_seq, bytes_at_max_positions=kv_token * spec.max_seq
+            bytes_per_token=kv_token, max_positions=language.max_seq, bytes_at_max_positions=kv_token * language.max_seq
         ),
-        budgets=tuple(budgets),
+        budgets=tuple(_budget(options, cost, budget, candidates, engines) for budget in (*options.budgets, None)),
+    )
+
+
+def _budget(options: PlanOptions, cost: Costs, budget: int | None, candidates: int, engines: int) -> BudgetPlan:
+    batch, language = options.max_batch, cost.language
+    prompt = (budget or candidates) + options.text_tokens
+    rows = prompt + options.new_tokens - 1  # the last new token needs none
+    capacity = options.max_seq or min(allocated_rows(prompt, options.new_tokens), language.max_seq)
+    if rows > capacity:
+        asked = f"--max-seq {options.max_seq}" if options.max_seq else f"the model's {capacity} positions"
+        raise FlashVLMError(
+            f"{asked}: budget {budget or 'all'} needs {rows} rows for {options.text_tokens} tokens of text and "
+            f"{options.new_tokens} of answer; plan for fewer, or raise --max-seq"
+        )
+    kv = batch * cost.kv_token * capacity
+    held = batch * (cost.decoder(capacity, capacity) + cost.vision())
+    held += batch * cost.select(options.text_tokens) if budget else 0
+    return BudgetPlan(
+        budget=budget or "all",
+        prompt_tokens=prompt,
+        rows=rows,
+        kv_used=batch * cost.kv_token * rows,
+        capacity=capacity,
+        kv_capacity=kv,
+        activations=batch * cost.decoder(prompt, capacity),
+        engine_activations=held,
+        device_total=engines + kv + held,
+        prefill_flops=cost.flops(prompt),
+        prefill_share=cost.flops(prompt) / cost.flops(candidates + options.text_tokens),
     )
 
 
@@ -208,52 +198,41 @@ def plan(options: PlanOptions) -> Plan:
 
 def _config(options: PlanOptions) -> tuple[dict[str, Any], str]:
     """config.json as a dict, and where it is from; a short name's own unless a folder has that name."""
-    model = options.model
-    if model in CONFIGS and options.revision is None and not Path(model).is_dir():
-        return CONFIGS[model], f"the configuration of {ALIASES[model]}"
+    model, known = options.model, configs()
+    if model in known and options.revision is None and not Path(model).is_dir():
+        return known[model], f"the configuration of {aliases().get(model, model)}"
     path, config = find_config(model, options.revision)
     return config, str(path)
 
 
-def _dtype(options: PlanOptions, config: dict[str, Any], where: str) -> FloatType:
+def _dtype(options: PlanOptions, family: Family, config: dict[str, Any], where: str) -> FloatType:
     if options.dtype != "auto":
         return options.dtype
-    text = config.get("text_config")
-    named = [c.get(key) for c in (config, text) if isinstance(c, dict) for key in ("dtype", "torch_dtype")]
-    for dtype in named:
-        if dtype in ITEMSIZE:
-            return dtype
+    for section in (config, family.language_section(config)):
+        for key in ("dtype", "torch_dtype"):
+            if (dtype := section.get(key)) in STORED_FLOATS.values():
+                return cast(FloatType, dtype)
     raise CheckpointError(f"{where} names no dtype; plan with --dtype float16, bfloat16 or float32")
 
 
-def _model(family: ModuleType, config_dict: dict[str, Any], dtype: FloatType, where: str) -> tuple[Any, Any]:
-    with describes_a_model(Path(where)):
-        config = family.read_config(config_dict)
-        with torch.device("meta"):
-            return config, family.build(config, graphs.TORCH_DTYPES[dtype]).eval()
-
-
-def _parts(family: ModuleType, config: Any, model: nn.Module, dtype: FloatType) -> dict[str, Part]:
-    """Where each parameter goes, as the exporter places them. A tied table is in its file and in the decoder's."""
+def _parts(family: Family, config: Any, model: nn.Module, dtype: FloatType) -> dict[str, Part]:
+    """Where each parameter goes, as the exporter places them. A tied table is in its file, which the decoder reads."""
     names = dict(model.named_parameters())
-    table = names[family.embedding_name()]
-    tower = family.vision(model)
+    table = names[family.embedding_name(config)]
     layers, head = family.language(model)
-    groups: dict[str, list[torch.Tensor]] = {"vision": [], "decoder": [], "embedding": [table], "unused": []}
-    owners = [("vision", tower.parameters()), ("decoder", layers.parameters()), ("decoder", head.parameters())]
-    owner = {id(p): name for name, parameters in owners for p in parameters}
+    decoder = {id(parameter) for module in (layers, head) for parameter in module.parameters()}
+    groups: dict[str, dict[str, torch.Tensor]] = {"vision": {}, "decoder": {}, "embedding": {}, "unused": {}}
     for name, parameter in names.items():
-        if family.is_unused(config, name):
-            groups["unused"].append(parameter)
-        elif parameter is not table:
-            groups[owner[id(parameter)]].append(parameter)
-    tied = any(parameter is table for parameter in head.parameters())
+        group = "embedding" if parameter is table else "decoder" if id(parameter) in decoder else "vision"
+        groups["unused" if family.is_unused(config, name) else group][name] = parameter
+    if (tied := family.tied_head(config)) is not None:
+        groups["decoder"].pop(tied, None)
     parts = {name: _part(group, dtype) for name, group in groups.items()}
     for name, ratio in (("vision", VISION_ENGINE), ("decoder", DECODER_ENGINE)):
-        group = [*groups[name], table] if tied and name == "decoder" else groups[name]
-        size = _part(group, dtype).bytes
+        # An engine has a copy of its own of a table that it shares with the embeddings.
+        size = parts[name].bytes + (parts["embedding"].bytes if tied and name == "decoder" else 0)
         parts[name] = parts[name].model_copy(
-            update={"bytes": size, "file_bytes": _laid_out(group, dtype), "engine_bytes": int(ratio * size)}
+            update={"bytes": size, "file_bytes": _laid_out(groups[name], dtype), "engine_bytes": int(ratio * size)}
         )
     parts["embedding"] = parts["embedding"].model_copy(
         update={"file_bytes": HEADER + parts["embedding"].bytes, "engine_bytes": 0}
@@ -261,56 +240,25 @@ def _parts(family: ModuleType, config: Any, model: nn.Module, dtype: FloatType) 
     return parts
 
 
-def _part(group: list[torch.Tensor], dtype: FloatType) -> Part:
-    count = sum(parameter.numel() for parameter in group)
-    return Part(parameters=count, bytes=count * ITEMSIZE[dtype])
+def _part(group: Mapping[str, torch.Tensor], dtype: FloatType) -> Part:
+    count = sum(parameter.numel() for parameter in group.values())
+    return Part(parameters=count, bytes=count * DTYPES[dtype].size)
 
 
-def _laid_out(group: list[torch.Tensor], dtype: FloatType) -> int:
+def _laid_out(group: Mapping[str, torch.Tensor], dtype: FloatType) -> int:
     """Bytes of a data file with these tensors; which of them is last, and so unpadded, is not known before a trace."""
-    sources = (StoredTensor("", Path(), 0, dtype, tuple(parameter.shape)) for parameter in group)
-    placed = weights.place((("", source, False) for source in sources), dtype)
-    return placed[-1].offset + placed[-1].nbytes if placed else 0
+    layout = Layout()
+    layout.add(
+        "", {name: plain(StoredTensor(name, Path(), 0, dtype, tuple(t.shape)), dtype) for name, t in group.items()}
+    )
+    return layout.nbytes
 
 
-def _check(options: PlanOptions, spec: ModelSpec) -> None:
-    for budget in options.budgets:
-        if not 0 < budget <= spec.num_image_tokens:
-            raise SelectionError(
-                f"--budget {budget}: expected 1 to {spec.num_image_tokens} (this model's image tokens), or all"
-            )
-    if options.max_seq is not None and not 1 < options.max_seq <= spec.max_seq:
+def _check(options: PlanOptions, language: LanguageSpec, candidates: int) -> None:
+    check_budgets(options.budgets, candidates)
+    if options.max_seq is not None and not 1 < options.max_seq <= language.max_seq:
         raise FlashVLMError(
-            f"--max-seq {options.max_seq}: expected 2 to {spec.max_seq}, the model's max_position_embeddings"
+            f"--max-seq {options.max_seq}: expected 2 to {language.max_seq}, the model's max_position_embeddings"
         )
     if options.max_batch < 1:
         raise FlashVLMError(f"--max-batch {options.max_batch}: expected at least 1")
-
-
-# --- activations: the formulas above -------------------------------------------------------------------------------
-
-
-def _decoder_activations(text: Any, spec: ModelSpec, item: int, tokens: int, rows: int, dialect: str) -> int:
-    heads, groups, size = text.num_attention_heads, spec.num_key_value_heads, spec.head_dim
-    seen = rows + tokens if dialect == "legacy" else rows
-    attention = item * (2 * tokens * (heads + 2 * groups) * size + tokens * heads * size)
-    if dialect == "legacy":
-        attention += 2 * heads * tokens * seen * 4 + item * 2 * groups * seen * size
-    mlp = item * 3 * tokens * text.intermediate_size
-    fixed = item * (2 * tokens * spec.hidden_size + tokens * seen) + (item + 4) * spec.vocab_size
-    return fixed + max(attention, mlp)
-
-
-def _vision_activations(tower: Any, item: int, dialect: str) -> int:
-    tokens = (tower.image_size // tower.patch_size) ** 2 + 1  # and CLS
-    width = tower.hidden_size
-    attention = item * 4 * tokens * width
-    if dialect == "legacy":
-        attention += 2 * tower.num_attention_heads * tokens * tokens * 4
-    pixels = 4 * 3 * tower.image_size**2
-    return pixels + item * 2 * tokens * width + max(attention, item * 2 * tokens * tower.intermediate_size)
-
-
-def _select_activations(spec: ModelSpec, width: int, query: int) -> int:
-    n = spec.num_image_tokens
-    return 4 * (n * spec.hidden_size + n * width + query * spec.hidden_size + 3 * n * n)

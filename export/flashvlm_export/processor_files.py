@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from flashvlm.bundle import hub_blobs
 from flashvlm.errors import CheckpointError, FlashVLMError, no_panic
-from flashvlm.files import parse_json, read_bytes
-from flashvlm.manifest import ModelSpec
-from flashvlm.text.processor import TextProcessor
-from flashvlm_export.checkpoint import Checkpoint, one_line, read_json
+from flashvlm.files import parse_json
+from flashvlm.manifest import PROCESSOR_FILES, VisualSpec
+from flashvlm.preprocess import grid_of
+from flashvlm.prompt import expand
+from flashvlm.text.processor import RUN, TextProcessor
+from flashvlm_export.checkpoint import Checkpoint, one_line, read_file, read_json
 
 # Those that may name classes or code, and those that hold data alone.
 SETTINGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -34,57 +36,76 @@ MAX_BYTES = 64 << 20
 CLASSES = ("processor_class", "image_processor_type", "feature_extractor_type", "tokenizer_class")
 
 
-def load_processor(checkpoint: Checkpoint) -> Any:
+class Processor(NamedTuple):
+    """transformers' tokenizer and, by PIL, image processor, and the chat template that goes with them."""
+
+    tokenizer: Any
+    image: Any
+    template: str
+
+
+def load_processor(checkpoint: Checkpoint) -> Processor:
+    """Raises CheckpointError."""
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
         _stage(checkpoint.folder, checkpoint.config, Path(folder))
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             with no_panic():
+                # Not AutoProcessor: with some families it needs torchvision, for videos.
+                tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
                 # The PIL backend: the same pixels wherever torchvision is or is not installed.
-                return transformers.AutoProcessor.from_pretrained(
-                    folder, backend="pil", local_files_only=True, trust_remote_code=False
-                )
+                image = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
         except Exception as error:  # transformers raises whatever the missing file led to
             reason = one_line(error).replace(folder, str(checkpoint.folder))
             raise CheckpointError(
                 f"{checkpoint.folder}: the processor (tokenizer, image processor, chat template) does not load: "
                 f"{reason}; download its files again"
             ) from None
+        template = tokenizer.chat_template
+        older = Path(folder, "chat_template.json")
+        if older.is_file() and not Path(folder, "chat_template.jinja").is_file():
+            template = read_json(older).get("chat_template")
+    if not isinstance(template, str) or not template:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no chat template; expected chat_template.jinja: copy it from the model's page on "
+            f"the Hub"
+        )
+    return Processor(tokenizer, image, template)
 
 
-def read_by_the_runtime(processor: Any, checkpoint: Path, model: ModelSpec) -> tuple[dict[str, bytes], int]:
+def read_by_the_runtime(
+    processor: Processor, checkpoint: Path, rows: int, visual: Sequence[VisualSpec]
+) -> tuple[dict[str, bytes], int]:
     """The files of a bundle's processor folder, and how many tokens of text its shortest prompt has.
 
     The runtime's own reader tries them, as what it cannot read would be found out only on the device.
     """
-    if not processor.chat_template:
-        raise CheckpointError(
-            f"{checkpoint} has no chat template; expected chat_template.jinja: copy it from the model's page on the Hub"
-        )
-    question = [{"type": "image"}, {"type": "text", "text": "?"}]
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            processor.save_pretrained(folder)
-            prompt = TextProcessor.from_folder(folder, model.vocab_size).encode(
-                [{"role": "user", "content": question}], model.image_token_id
-            )
-            files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+            processor.tokenizer.chat_template = processor.template
+            processor.tokenizer.save_pretrained(folder)
+            reader = TextProcessor.from_folder(folder, rows)
+            lengths = []
+            for spec in visual:
+                shown = expand(spec, grid_of((1, 1), spec.pixels))
+                prompt = reader.encode(question, {spec.modality: spec.placeholder_id}, [shown])
+                lengths.append(len(prompt.input_ids) - shown.count(RUN))
+            files = {name: Path(folder, name).read_bytes() for name in PROCESSOR_FILES}
         except Exception as error:  # the refusals of the reader, and what transformers and tokenizers raise
             reason = one_line(error).replace(folder, str(checkpoint))
             raise CheckpointError(f"{checkpoint}: the processor cannot be put in a bundle: {reason}") from None
-    return files, len(prompt.input_ids) - 1
+    return files, min(lengths)
 
 
-def stop_tokens(checkpoint: Checkpoint, processor: Any) -> tuple[int, ...]:
-    """Stop tokens: what generation_config.json says, else the configuration, else the tokenizer."""
+def stop_tokens(checkpoint: Checkpoint, tokenizer: Any, section: dict[str, Any]) -> tuple[int, ...]:
+    """Stop tokens: what generation_config.json says, else the configuration, whose ``section`` is about the language
+    model, else the tokenizer."""
     path = checkpoint.folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    for eos in (
-        generation.get("eos_token_id"),
-        checkpoint.config.get("text_config", {}).get("eos_token_id"),
-        processor.tokenizer.eos_token_id,
-    ):
+    for eos in (generation.get("eos_token_id"), section.get("eos_token_id"), tokenizer.eos_token_id):
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return ()
@@ -102,7 +123,7 @@ def _stage(checkpoint: Path, config: dict[str, Any], folder: Path) -> None:
     """
     copies = {"config.json": json.dumps(_without_code(config, "config.json", needed=False)).encode()}
     for name in (*SETTINGS, *DATA):
-        content = _read(checkpoint, name)
+        content = read_file(checkpoint, name, MAX_BYTES)
         if content is not None:
             copies[name] = _checked(content, checkpoint / name) if name in SETTINGS else content
     try:
@@ -110,20 +131,6 @@ def _stage(checkpoint: Path, config: dict[str, Any], folder: Path) -> None:
             (folder / name).write_bytes(content)
     except OSError as error:
         raise FlashVLMError(f"cannot write {folder}: {error.strerror or error}; free space or set TMPDIR") from None
-
-
-def _read(checkpoint: Path, name: str) -> bytes | None:
-    path = checkpoint / name
-    try:
-        root, target = checkpoint.resolve(), path.resolve(strict=True)
-        if root not in target.parents and target.parent != hub_blobs(root):
-            raise CheckpointError(f"{path} is a link to {target}, outside the checkpoint; copy the file itself there")
-        return read_bytes(path, MAX_BYTES)
-    except FileNotFoundError:
-        return None
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path} cannot be read: {reason}; download it again") from None
 
 
 def _checked(content: bytes, path: Path) -> bytes:

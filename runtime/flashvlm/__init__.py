@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashvlm.answers import Answer, AsyncStream, Stream
+    from flashvlm.conversation import Conversation
     from flashvlm.errors import FlashVLMError
-    from flashvlm.pipeline import Answer, Conversation, Pipeline
+    from flashvlm.pipeline import Pipeline
+    from flashvlm.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Conversation", "FlashVLMError", "Pipeline", "__version__"]
+_PLACES = {
+    "Answer": "answers",
+    "AsyncStream": "answers",
+    "Conversation": "conversation",
+    "FlashVLMError": "errors",
+    "Pipeline": "pipeline",
+    "SamplingParams": "sampling",
+    "Stream": "answers",
+}
+__all__ = [
+    "Answer",
+    "AsyncStream",
+    "Conversation",
+    "FlashVLMError",
+    "Pipeline",
+    "SamplingParams",
+    "Stream",
+    "__version__",
+]
 
 
 def __dir__() -> list[str]:
@@ -18,12 +40,6 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Loads the public names when first used: ``flashvlm-export`` needs the version, not the pipeline."""
-    if name in ("Answer", "Conversation", "Pipeline"):
-        from flashvlm import pipeline
-
-        return getattr(pipeline, name)
-    if name == "FlashVLMError":
-        from flashvlm.errors import FlashVLMError
-
-        return FlashVLMError
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"flashvlm.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

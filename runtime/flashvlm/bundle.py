@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from flashvlm.errors import BundleError
+from flashvlm.extras import upgrade
 from flashvlm.files import digest, open_regular, read_bytes, read_json
 from flashvlm.graph_check import check_graph
 from flashvlm.manifest import PROCESSOR, SCHEMA_VERSION, GraphSpec, Manifest, first_problem
@@ -214,11 +215,10 @@ def _read_manifest(folder: Path) -> Manifest:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(version, int) or version < 1:
         raise BundleError(f"{path}: expected a schema_version from 1, found {version!r}; export the bundle again")
-    if version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{folder} has bundle schema {version}, this flashvlm reads up to {SCHEMA_VERSION}; "
-            f"upgrade with: pip install --upgrade flashvlm"
-        )
+    if version != SCHEMA_VERSION:
+        newer = f"upgrade with: {upgrade()}"
+        remedy = newer if version > SCHEMA_VERSION else "export the model again with: flashvlm-export"
+        raise BundleError(f"{folder} has bundle schema {version}, this flashvlm reads {SCHEMA_VERSION}; {remedy}")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:

@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashvlm.bundle import ENGINES, Bundle
 from flashvlm.errors import BundleError, FlashVLMError
+from flashvlm.extras import install
 from flashvlm.files import read_json
-from flashvlm.graph_io import select_graph
+from flashvlm.graph_io import is_fused
 from flashvlm.manifest import GraphName, Sha256
 
 ENGINE_MANIFEST = "engine.json"
@@ -26,8 +27,8 @@ MAX_MANIFEST = 1 << 20  # bytes
 Target = Literal["tensorrt", "tensorrt-rtx"]
 TARGETS: tuple[Target, ...] = ("tensorrt", "tensorrt-rtx")
 MODULES: dict[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-TITLES: dict[Target, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-
+# Of every backend, as shown to people.
+TITLES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 MAX_BATCH = 1024
 Capability = Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")]
@@ -107,6 +108,37 @@ def built_from(spec: EngineSpec, bundle: Bundle, graph: str) -> bool:
     return same_data and spec.onnx_sha256 == files[source.file].sha256
 
 
+def largest_sizes(bundle: Bundle, graph: str, flags: BuildFlags) -> dict[str, int]:
+    """The largest size of each symbol that the engine of a graph takes.
+
+    A fused prefill shares the capacity between text before the image, what is kept of it and text after.
+
+    Raises:
+        FlashVLMError: the graph varies in something that engines have no largest size of.
+    """
+    spec = bundle.graph(graph)
+    budget = next((tensor.shape[1] for tensor in spec.outputs if tensor.name == "kept"), 0)
+    room = flags.max_seq - int(budget)
+    prefix = max(room // 4, 1)
+    sizes = {
+        "batch": flags.max_batch,
+        "query": flags.max_query,
+        "sequence": flags.max_seq,
+        "capacity": flags.max_seq,
+        "prefix": prefix,
+        "suffix": max(room - prefix, 1),
+        "units": bundle.manifest.max_units(graph),
+    }
+    symbols = {d: tensor.name for tensor in (*spec.inputs, *spec.outputs) for d in tensor.shape if isinstance(d, str)}
+    if unknown := symbols.keys() - sizes:
+        odd = min(unknown)
+        raise FlashVLMError(
+            f"{spec.file}: {symbols[odd]} varies in {odd}, of which engines have no largest size; run it with: "
+            f"--backend onnxruntime"
+        )
+    return sizes
+
+
 # --- engines for this machine --------------------------------------------------------------------------------------
 
 
@@ -151,7 +183,7 @@ def newest_engines(bundle: Bundle, target: Target | None) -> Engines | None:
     return Engines(bundle, folder, manifest, ",".join(manifest.flags.compute_capabilities))
 
 
-def find_engines(bundle: Bundle, target: Target, version: str, capability: str) -> Engines:
+def matching_engines(bundle: Bundle, target: Target, version: str, capability: str) -> Engines:
     """The engines for this version of TensorRT and a compute capability such as ``8.9``; the newest of several.
 
     Another GPU of the same compute capability is for TensorRT to judge: it loads the engine, and may run slower.
@@ -197,7 +229,7 @@ def _problem(
     if capability not in manifest.flags.compute_capabilities:
         built = ", ".join(manifest.flags.compute_capabilities)
         return 2, f"was built for compute capability {built}, and this GPU has {capability}"
-    for graph in ("vision", "decoder", *map(select_graph, bundle.manifest.selection.budgets)):
+    for graph in (name for name in bundle.manifest.graphs if not is_fused(name)):  # those a pipeline runs
         spec = manifest.engines.get(graph)
         if spec is None or not built_from(spec, bundle, graph):
             return 3, f"has no engine of this export's {graph}"
@@ -224,7 +256,7 @@ def build_command(bundle: Bundle, target: Target, capability: str, flags: BuildF
             if size != defaults[name]:
                 words += [f"--{name.replace('_', '-')}", str(size)]
         if flags.workspace is not None:
-            words += ["--workspace", f"{flags.workspace / 2**30:g}"]
+            words += ["--workspace", f"{flags.workspace / 1e9:.12g}"]
         if flags.optimization_level is not None:
             words += ["--optimization-level", str(flags.optimization_level)]
         switches = ("weight_streaming", "strip_weights", "version_compatible")
@@ -240,7 +272,7 @@ def import_target(target: Target) -> ModuleType:
     try:
         return importlib.import_module(MODULES[target])
     except ImportError as error:
-        line = f"pip install 'flashvlm[{target}]'"
+        line = install(target)
         if target == "tensorrt" and is_jetson():
             line = (
                 "sudo apt install tensorrt python3-libnvinfer (JetPack), and use python3 -m venv --system-site-packages"

@@ -1,5 +1,6 @@
 """The one exception base of both packages."""
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,26 @@ def printable(text: object) -> str:
     """
     joined = " ".join(str(text).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
+
+
+def brief(value: object) -> str:
+    """What a message quotes of a value that may be anything: its ``repr``, at most some 100 characters of it."""
+    try:
+        return _BRIEF.repr(value[:80] if isinstance(value, (bytes, bytearray)) else value)
+    except Exception:  # of objects that fail to say what they are, and integers of over 4300 digits
+        return f"a value of type {type(value).__name__}"
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 3
+_BRIEF.maxlevel = 2
+
+
+def one_line(error: BaseException) -> str:
+    """Libraries explain themselves over many lines; a refusal has one, of some 300 characters."""
+    text = printable(error) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 class FlashVLMError(Exception):

@@ -86,7 +86,7 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
 def parse_json(content: bytes) -> Any:
     """A JSON value, nested at most ``MAX_JSON_DEPTH`` deep. Raises ValueError for anything else."""
     try:
-        value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(content.decode("utf-8"), parse_constant=refuse_constant)
     except UnicodeDecodeError:
         raise ValueError("expected UTF-8 text, found other bytes") from None
     except RecursionError:
@@ -128,7 +128,8 @@ def _too_large(path: Any, limit: int, size: int) -> OSError:
     return OSError(errno.EFBIG, f"expected at most {limit:,} bytes, found {size:,} or more", path)
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """For ``json.loads``: NaN and Infinity are numbers to Python alone."""
     raise ValueError(f"{name} is not JSON")
 
 

@@ -1,8 +1,4 @@
-"""Images: any file, bytes, PIL image or array -> RGB -> the float32 pixels that a vision tower expects.
-
-The arithmetic follows transformers' PIL image processors step by step (resize in uint8, centre crop, rescale
-in float64, normalise in float32), so that a bundle answers as its checkpoint does, without transformers.
-"""
+"""Images: any file, bytes, PIL image or array -> RGB."""
 
 import hashlib
 import io
@@ -10,12 +6,11 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Annotated, BinaryIO, Literal
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flashvlm.errors import ImageError
 from flashvlm.files import open_regular
@@ -24,6 +19,7 @@ from flashvlm.files import open_regular
 COMMON = ("PNG", "JPEG", "GIF", "BMP", "DIB", "PPM")  # what Pillow has without loading its other plugins
 OTHERS = ("WEBP", "TIFF", "AVIF", "JPEG2000", "TGA", "ICO")
 MAX_BYTES = 1 << 30  # of a file: 178 megapixels of four bytes, and some room
+READ = 1 << 24  # bytes of a file object at a time
 BAND = 1 << 21  # pixels that are converted at a time, where a conversion takes copies
 
 # Pillow's own decompression-bomb error threshold: above it `Image.open` raises whatever we would like.
@@ -31,26 +27,42 @@ MAX_PIXELS = 178_956_970
 # Resizing the short edge of a 1 x 100,000 strip to 336 would ask for 11 gigapixels.
 MAX_ASPECT = 200
 
-ImageSource = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray
 
-_RESAMPLE = {
-    "nearest": PIL.Image.Resampling.NEAREST,
-    "bilinear": PIL.Image.Resampling.BILINEAR,
-    "bicubic": PIL.Image.Resampling.BICUBIC,
-    "lanczos": PIL.Image.Resampling.LANCZOS,
-}
+@runtime_checkable
+class ArrayLike(Protocol):
+    """What numpy takes for an array: tensors of torch (on the CPU), of JAX, ..."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """A file opened for reading bytes."""
+
+    def read(self, size: int, /) -> bytes | None: ...
+
+
+ImageSource = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | PIL.Image.Image | np.ndarray | ArrayLike | Readable
+)
+
+SOURCES = "a path, bytes, an open file, a PIL image or an array"
 
 
 def load_image(source: ImageSource) -> PIL.Image.Image:
     """Read an image as RGB.
 
-    `source` is a path, the bytes of an image file, a PIL image or an array, [H,W] or [H,W,C] with C in 1,
-    3, 4, uint8 or float in [0, 1]. EXIF orientation is applied, the first frame of an animation is taken,
-    transparency is composited on white (as transformers' `convert_to_rgb` does), and 16-bit gray is scaled
-    to 8 bits (plain PIL would saturate it).
+    `source` is a path, the bytes of an image file, a file opened for reading bytes (read from its start where
+    it can seek), a PIL image or an array, [H,W] or [H,W,C] with C in 1, 3, 4, uint8 or float in [0, 1]. EXIF
+    orientation is applied, the first frame of an animation is taken, transparency is composited on white (as
+    transformers' `convert_to_rgb` does), and 16-bit gray is scaled to 8 bits (plain PIL would saturate it).
 
     Raises ImageError for anything that cannot be read, is empty, has more than MAX_PIXELS pixels (checked in
     the header, before decoding) or has one side over MAX_ASPECT times the other. URLs are not fetched.
+
+    Example:
+        >>> load_image(np.zeros((2, 3), np.uint8)).size
+        (3, 2)
     """
     # Pillow warns about large images, odd EXIF and palettes with transparency; all three are handled below.
     with warnings.catch_warnings():
@@ -59,12 +71,27 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
             return _decode(source, "PIL image")
         if isinstance(source, np.ndarray):
             return _decode(_from_array(source), "array")
-        if isinstance(source, bytes):
-            return _open(io.BytesIO(source), "image bytes")
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            return _open(io.BytesIO(_bytes(source)), "image bytes")
         if isinstance(source, (str, os.PathLike)):
             return _from_path(os.fspath(source))
+        if isinstance(source, Readable):
+            return _open(io.BytesIO(_read(source)), "image file")
+        if isinstance(source, ArrayLike):
+            return _decode(_from_array(_array(source)), "array")
     found = type(source).__name__
-    raise ImageError(f"image: expected a path, bytes, a PIL image or an array, found {found}; convert it first")
+    raise ImageError(f"image: expected {SOURCES}, found {found}; convert it first")
+
+
+def is_source(value: object) -> bool:
+    """Whether `load_image` takes a value of this type."""
+    known = (str, os.PathLike, bytes, bytearray, memoryview, PIL.Image.Image, ArrayLike, Readable)
+    return isinstance(value, known)
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is a URL rather than a path; Path() makes one slash of two."""
+    return "://" in name[:16] or name.startswith(("data:", "http:/", "https:/"))
 
 
 def image_digest(image: PIL.Image.Image) -> str:
@@ -75,81 +102,10 @@ def image_digest(image: PIL.Image.Image) -> str:
     return digest.hexdigest()
 
 
-Edge = Annotated[int, Field(gt=0, le=4096)]  # pixels: beyond every vision tower there is
-
-
-class ImagePreprocess(BaseModel):
-    """How a vision tower wants its pixels. Sizes are (height, width); mean and std apply after rescale."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    resize: Literal["shortest_edge", "exact"]
-    size: tuple[Edge, Edge]
-    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    crop: tuple[Edge, Edge] | None = None
-    rescale: float = Field(default=1 / 255, gt=0, le=1)
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @model_validator(mode="after")
-    def _check(self) -> "ImagePreprocess":
-        if self.resize == "shortest_edge" and self.size[0] != self.size[1]:
-            raise ValueError(f"shortest_edge needs size (edge, edge), found {self.size}")
-        if self.crop and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
-            raise ValueError(f"crop {self.crop} is larger than the resized image {self.size}; padding is not supported")
-        if min(self.std) <= 0:
-            raise ValueError(f"expected std > 0, found {self.std}")
-        return self
-
-
-def preprocess(image: PIL.Image.Image, p: ImagePreprocess) -> np.ndarray:
-    """RGB image -> float32 [3,H,W]; H, W = `p.crop`, or the size after resizing when there is no crop."""
-    if image.mode != "RGB":
-        image = load_image(image)
-    image = image.resize(_resized(image.size, p), _RESAMPLE[p.resample])
-    if p.crop:
-        image = image.crop(_centre(image.size, p.crop))
-    # float64 for the product and float32 from there on: transformers' own order of rounding.
-    scaled = (np.asarray(image).astype(np.float64) * p.rescale).astype(np.float32)
-    pixels = (scaled - np.asarray(p.mean, np.float32)) / np.asarray(p.std, np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def crop_box(image_size: tuple[int, int], p: ImagePreprocess) -> tuple[float, float, float, float]:
-    """The (left, top, right, bottom) of the original image, in its pixels, that the model sees.
-
-    `image_size` is (width, height) as in `PIL.Image.size`.
-    """
-    width, height = image_size
-    resized_width, resized_height = _resized(image_size, p)
-    crop = p.crop or (resized_height, resized_width)
-    left, top, right, bottom = _centre((resized_width, resized_height), crop)
-    sx, sy = width / resized_width, height / resized_height
-    return left * sx, top * sy, right * sx, bottom * sy
-
-
-def _resized(image_size: tuple[int, int], p: ImagePreprocess) -> tuple[int, int]:
-    """(width, height) after resizing. The long edge is truncated, not rounded, as in transformers."""
-    if p.resize == "exact":
-        return p.size[1], p.size[0]
-    width, height = image_size
-    edge = p.size[0]
-    if width <= height:
-        return edge, int(edge * height / width)
-    return int(edge * width / height), edge
-
-
-def _centre(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a centred crop (height, width) in an image of `size` (width, height)."""
-    left, top = (size[0] - crop[1]) // 2, (size[1] - crop[0]) // 2
-    return left, top, left + crop[1], top + crop[0]
-
-
 def _from_path(path: str | bytes) -> PIL.Image.Image:
     name = os.fsdecode(path)
-    if "://" in name[:16] or name.startswith(("data:", "http:/", "https:/")):
+    if is_url(name):
         remedy = "URLs are not fetched; download it and pass the path"
-        # Path() makes one slash of two.
         url = re.sub(r"^([a-z0-9]+):/(?=[^/])", r"\1://", name)
         raise ImageError(f"{_short(url)}: expected a file, found a URL; {remedy}")
     try:
@@ -163,6 +119,37 @@ def _from_path(path: str | bytes) -> PIL.Image.Image:
         reason = _reason(error)
         expected = reason if reason.startswith("expected") else f"expected a readable image file, found: {reason}"
         raise ImageError(f"{_short(name)}: {expected}; check the path") from None
+
+
+def _bytes(source: bytes | bytearray | memoryview) -> bytes:
+    try:
+        return bytes(source)
+    except ValueError as error:  # a view that was released
+        raise ImageError(f"image bytes: expected bytes, found: {error}; keep the view open") from None
+
+
+def _read(file: Readable) -> bytes:
+    """What is in an open file, from its start if it can go there: `save` leaves one at its end."""
+    try:
+        if hasattr(file, "seekable") and file.seekable():
+            file.seek(0)  # type: ignore[attr-defined]
+        blocks = []
+        left = MAX_BYTES + 1
+        while left > 0 and (block := file.read(min(left, READ))):
+            blocks.append(bytes(block))  # a TypeError for text
+            left -= len(block)
+    except Exception as error:  # of a file that is closed, is no file, or is of text
+        raise ImageError(f"image file: expected one open in mode 'rb', found: {_reason(error)}; open it so") from None
+    if left <= 0:
+        raise ImageError(f"image file: expected at most {MAX_BYTES:,} bytes, found more; cut it")
+    return b"".join(blocks)
+
+
+def _array(source: ArrayLike) -> np.ndarray:
+    try:
+        return np.asarray(source)
+    except Exception as error:  # tensors on a GPU, or with a gradient, say what to do
+        raise ImageError(f"array: expected one that numpy reads, found: {_reason(error)}; convert it first") from None
 
 
 def _open(file: BinaryIO, name: str) -> PIL.Image.Image:

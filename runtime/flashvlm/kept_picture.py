@@ -1,29 +1,49 @@
-"""The picture of `--show`: which patches of the image the model kept, and how it scored all of them."""
+"""The picture of `--show`: the image, which patches of it the model kept, and how it scored all of them."""
 
-from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from flashvlm.drawing import (
+    INK,
+    MAT,
+    MUTED,
+    PAPER,
+    RULE,
+    Entry,
+    Scale,
+    draw_legend,
+    draw_scale,
+    filled,
+    hatched,
+    in_font,
+    plain_font,
+    ramp,
+    shorten,
+    wrap,
+)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-Rgb = tuple[int, int, int]
+Score = Literal["log", "cosine"]
 
-PANEL = 640  # width of a panel; all lengths are pixels of the picture
+PANEL = 560  # width of a panel; all lengths are pixels of the picture
 MARGIN = 40
+PANELS_Y = MARGIN + 112  # below the heading and the panels' own captions
 # Of a longer strip only the part around the model's crop is shown: all of it would be a line.
 MAX_ASPECT = 2.0
 
-INK, MUTED, RULE, MAT, PAPER = (24, 28, 36), (98, 106, 120), (222, 226, 232), (241, 243, 246), (255, 255, 255)
 # Orange and sky blue of Okabe and Ito's palette: apart for every kind of colour vision, and bright on dark.
 TOP, REPRESENTATIVE = (240, 150, 0), (86, 180, 233)
-DROPPED, UNSEEN = (62, 62, 66), (226, 228, 232)
+DROPPED, UNSEEN, HATCH = (84, 84, 88), (226, 228, 232), (170, 173, 178)
+# Gray of dropped patches, from their darkest to their lightest pixels: darker than what is kept of a bright image,
+# and lighter than what is kept of a dark one.
+DIM = (36, 124)
+LEAST_CONTRAST = 24  # gray levels that DIM stretches over: noise in a flat image stays flat
 
-# Dark blue to yellow in equal steps of OKLab (https://bottosson.github.io/posts/oklab), lightness 0.20 to
-# 0.94.
-_RAMP = ("080e3e", "0a2d5a", "084c77", "186d89", "2d8e98", "5aac93", "87c883", "c2dd70", "ffef54")
-RAMP = np.array([list(bytes.fromhex(colour)) for colour in _RAMP], dtype=np.float32)  # [9,3]
+_CAPTIONS = {"log": "Log-score of every token", "cosine": "Relevance of every token", None: "Score of every token"}
+_MEANINGS = {"log": "natural logarithms", "cosine": "cosines, less the best one's", None: ""}
 
 
 def draw_kept(
@@ -33,17 +53,21 @@ def draw_kept(
     scores: np.ndarray,
     grid: tuple[int, int],
     box: Box,
-    title: str = "",
+    question: str = "",
     answer: str = "",
+    method: str = "",
+    score: Score | None = None,
 ) -> Image.Image:
-    """Two panels, the kept patches and the score of all, with a legend; question and answer underneath.
+    """Panels of the image, its kept patches and, where the method has one, the score of all; question and answer.
 
     image   RGB, the original
     kept    int [K], raster indices into the grid
     is_top  bool [K]: kept for its score, or else as a representative of the background
-    scores  float [N], N = rows * columns; empty or all zero if the method has none; non-finite ones stay gray
+    scores  float [N], N = rows * columns; empty or all zero if there is none; non-finite ones stay gray
     grid    (rows, columns) of visual tokens
-    box     what of the image the model saw, in its pixels: `images.crop_box`
+    box     what of the image the model saw, in its pixels: `preprocess.seen_box`
+    method  name of the selection method
+    score   what its scores are
 
     Raises ValueError if the arrays do not fit the grid.
     """
@@ -56,15 +80,44 @@ def draw_kept(
     if scores.shape not in ((count,), (0,)):
         raise ValueError(f"expected {count} scores for a grid of {rows} x {columns}, found {scores.shape}")
 
-    photo, (xs, ys) = _photo(image.convert("RGB"), grid, box)
-    cells = _cells(photo.size, xs, ys)
-    left = _kept_panel(photo, cells, xs, ys, kept, is_top)
-    right, limits = _score_panel(photo, cells, scores)
-    whole = bool((cells >= 0).all())
-    entries = list(_legend(kept.size, int(is_top.sum()), count, whole))
-    share = f"{kept.size:,} of {count:,}" if kept.size < count else f"All {count:,}"
-    captions = f"{share} visual tokens kept", "Score of every token"
-    return _page(left, right, limits, entries, captions, (title, answer))
+    photo, lines = _photo(image.convert("RGB"), grid, box)
+    view = _View(photo, lines, _cells(photo.size, *lines))
+    shown = kept.size < count
+    caption = "Kept patches" if shown else "What the model saw"
+    legend = list(_legend(kept.size, int(is_top.sum()), count, bool((view.cells >= 0).all())))
+    panels = [_Panel(photo, "Image"), _Panel(_kept_panel(view, kept, is_top), caption, legend)]
+    finite = scores[np.isfinite(scores)]
+    if finite.any():
+        scale = Scale.of(finite)
+        panels.append(_Panel(_score_panel(view, scores, scale), _CAPTIONS[score], scale=scale, note=_MEANINGS[score]))
+    return _page(panels, _heading(kept.size, count, method), (question, answer))
+
+
+def _heading(kept: int, count: int, method: str) -> str:
+    """Method, budget and saving, such as ``flashvlm keeps 64 of 576 visual tokens, 89 % fewer``."""
+    if kept == count:
+        return f"All {count:,} visual tokens, nothing selected"
+    saved = 100 * (count - kept) / count
+    share = "less than 1" if saved < 1 else "more than 99" if saved > 99 else f"{saved:.0f}"
+    return f"{method} keeps {kept:,} of {count:,} visual tokens, {share} % fewer".strip()
+
+
+class _View(NamedTuple):
+    """The image at panel size, and where its patches are."""
+
+    photo: Image.Image
+    lines: tuple[np.ndarray, np.ndarray]  # borders of patches: x [columns + 1] and y [rows + 1]
+    cells: np.ndarray  # int [height,width]: raster index of the patch at each pixel, -1 outside of the model's view
+
+
+class _Panel(NamedTuple):
+    """A picture with what stands above and below it."""
+
+    picture: Image.Image
+    caption: str
+    legend: list[Entry] = []  # noqa: RUF012  # nobody appends
+    scale: Scale | None = None
+    note: str = ""
 
 
 def _photo(image: Image.Image, grid: tuple[int, int], box: Box) -> tuple[Image.Image, tuple[np.ndarray, np.ndarray]]:
@@ -88,7 +141,7 @@ def _photo(image: Image.Image, grid: tuple[int, int], box: Box) -> tuple[Image.I
 
 
 def _cells(size: tuple[int, int], xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
-    """int [height,width]: the raster index of the patch at each pixel, -1 outside of the model's view."""
+    """See ``_View``."""
     column = np.searchsorted(xs, np.arange(size[0]), side="right") - 1
     row = np.searchsorted(ys, np.arange(size[1]), side="right") - 1
     columns, rows = len(xs) - 1, len(ys) - 1
@@ -96,26 +149,18 @@ def _cells(size: tuple[int, int], xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
     return np.where(inside, row[:, None] * columns + column[None], -1)
 
 
-def _kept_panel(
-    photo: Image.Image,
-    cells: np.ndarray,
-    xs: np.ndarray,
-    ys: np.ndarray,
-    kept: np.ndarray,
-    is_top: np.ndarray,
-) -> Image.Image:
-    """Kept patches clear and outlined, dropped ones dark and gray, what was not seen pale and hatched."""
-    pixels = np.asarray(photo, dtype=np.float32)  # [h,w,3]
-    gray = np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
-    clear = np.isin(cells, kept)[..., None]
-    panel = np.where(clear, pixels, 0.38 * gray + 14)
-    panel = _fade_unseen(panel, gray, cells)
-    out = Image.fromarray(panel.astype(np.uint8))
+def _kept_panel(view: _View, kept: np.ndarray, is_top: np.ndarray) -> Image.Image:
+    """Kept patches as they are and outlined, dropped ones gray, what was not seen pale and hatched."""
+    pixels = np.asarray(view.photo, dtype=np.float32)  # [h,w,3]
+    clear = np.isin(view.cells, kept)[..., None]
+    dim = DIM[0] + (DIM[1] - DIM[0]) * _structure(view)
+    out = Image.fromarray(_fade_unseen(np.where(clear, pixels, dim), view).astype(np.uint8))
     draw = ImageDraw.Draw(out)
+    xs, ys = view.lines
     columns = len(xs) - 1
     if len(kept) == columns * (len(ys) - 1):
-        return out  # all kept: outlines would only hide the image
-    line = int(np.clip(min(np.diff(xs).min(), np.diff(ys).min()) // 10, 1, 4))
+        return out  # outlines would only hide the image
+    line = int(np.clip(min(np.diff(xs).min(), np.diff(ys).min()) // 8, 1, 4))
     # Representatives first: where cells are small, the top-scored ones win a shared pixel.
     for index, top in sorted(zip(kept.tolist(), is_top.tolist(), strict=True), key=lambda entry: entry[1]):
         row, column = divmod(index, columns)
@@ -125,160 +170,91 @@ def _kept_panel(
     return out
 
 
-def _score_panel(
-    photo: Image.Image, cells: np.ndarray, scores: np.ndarray
-) -> tuple[Image.Image, tuple[float, float] | None]:
-    """The scores as colours over the gray image, and the (lowest, highest); None if there is no score."""
-    gray = np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
+def _score_panel(view: _View, scores: np.ndarray, scale: Scale) -> Image.Image:
+    """The scores [N] as colours over the gray image; gray alone where they are not finite."""
+    gray = 255 * _structure(view)
     finite = np.isfinite(scores)
-    if not scores[finite].any():
-        panel = _fade_unseen(np.broadcast_to(0.45 * gray + 130, (*gray.shape[:2], 3)), gray, cells)
-        return Image.fromarray(panel.astype(np.uint8)), None
-    low, high = float(scores[finite].min()), float(scores[finite].max())
-    # Halves first: the range of two large floats may overflow.
-    span = high / 2 - low / 2
-    shifted = np.where(finite, scores, low) / 2 - low / 2
-    level = shifted / span if span else np.full_like(shifted, 0.5)
-    shown = np.append(finite, False)[cells][..., None]  # index -1, outside, is the appended one
-    colour = _colour(level)[cells]
-    panel = np.where(shown, 0.8 * colour + 0.2 * gray, 0.45 * gray + 130)
-    return Image.fromarray(_fade_unseen(panel, gray, cells).astype(np.uint8)), (low, high)
+    colour = ramp(scale.level(np.where(finite, scores, scale.low)))[view.cells]  # [h,w,3]
+    shown = np.append(finite, False)[view.cells][..., None]  # index -1, outside, is the appended one
+    panel = np.where(shown, 0.82 * colour + 0.18 * gray, 0.45 * gray + 130)
+    return Image.fromarray(_fade_unseen(panel, view).astype(np.uint8))
 
 
-def _colour(level: np.ndarray) -> np.ndarray:
-    """[n] in 0..1 -> float32 [n,3], colours of the ramp."""
-    stops = np.linspace(0, 1, len(RAMP))
-    return np.stack([np.interp(level, stops, RAMP[:, channel]) for channel in range(3)], axis=-1)
+def _structure(view: _View) -> np.ndarray:
+    """The gray image, float32 [h,w,1], with what the model saw of it stretched to 0..1: the same on any exposure."""
+    gray = np.asarray(view.photo.convert("L"), dtype=np.float32)
+    seen = gray[view.cells >= 0]
+    low, high = np.percentile(seen if seen.size else gray, (1, 99))
+    spare = max(0.0, LEAST_CONTRAST - (high - low)) / 2
+    return np.clip((gray - (low - spare)) / (high - low + 2 * spare), 0, 1)[..., None]
 
 
-def _fade_unseen(panel: np.ndarray, gray: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    y, x = np.ogrid[: cells.shape[0], : cells.shape[1]]
+def _fade_unseen(panel: np.ndarray, view: _View) -> np.ndarray:
+    gray = np.asarray(view.photo.convert("L"), dtype=np.float32)[..., None]
+    y, x = np.ogrid[: gray.shape[0], : gray.shape[1]]
     pale = np.where(((x + y) % 14 < 2)[..., None], 0.12 * gray + 168, 0.22 * gray + 190)
-    return np.where((cells >= 0)[..., None], panel, pale)
-
-
-Entry = tuple[str, Rgb, Rgb | None]  # text, fill, outline
+    return np.where((view.cells >= 0)[..., None], panel, pale)
 
 
 def _legend(kept: int, top: int, count: int, whole: bool) -> Iterator[Entry]:
     if kept < count:
         if top:
-            yield f"{top:,} top-scored", MAT, TOP
+            yield Entry(f"{top:,} top-scored", filled(MAT, TOP))
         if kept > top:
-            yield f"{kept - top:,} representative", MAT, REPRESENTATIVE
-        yield f"{count - kept:,} dropped of {count:,}", DROPPED, None
+            yield Entry(f"{kept - top:,} representative", filled(MAT, REPRESENTATIVE))
+        yield Entry(f"{count - kept:,} dropped", filled(DROPPED))
     if not whole:
-        yield "not seen by the model", UNSEEN, None
+        yield Entry("not seen by the model", hatched(UNSEEN, HATCH))
 
 
-def _page(
-    left: Image.Image,
-    right: Image.Image,
-    limits: tuple[float, float] | None,
-    entries: list[Entry],
-    captions: tuple[str, str],
-    texts: tuple[str, str],
-) -> Image.Image:
-    width = 2 * PANEL + 3 * MARGIN
-    caption_font, small, body = _font(22), _font(17), _font(24)
-    panels_y = MARGIN + 42
-    legend_y = panels_y + left.height + 20
-    lines = [_wrap(text, body, width - 2 * MARGIN - 56, most) for text, most in zip(texts, (6, 24), strict=True)]
-    placed = list(_flow(entries, small))
-    text_y = legend_y + max(58 if limits else 26, max((y for _, y, _ in placed), default=0) + 26) + 24
-    text_height = sum(34 * len(part) + 12 for part in lines if part)
-    height = text_y + (24 + text_height - 12 if text_height else -24) + MARGIN
-
-    page = Image.new("RGB", (width, height), PAPER)
+def _page(panels: list[_Panel], heading: str, texts: tuple[str, str]) -> Image.Image:
+    """Panels side by side under a heading, each with its legend; the texts as Q and A below."""
+    width = len(panels) * (PANEL + MARGIN) + MARGIN
+    height = max(panel.picture.height for panel in panels)
+    page = Image.new("RGB", (width, PANELS_Y + height + 400), PAPER)
     draw = ImageDraw.Draw(page)
-    for number, (panel, caption) in enumerate(zip((left, right), captions, strict=True)):
+    title = in_font(heading, 31)
+    draw.text((MARGIN, MARGIN + 28), shorten(title, width - 2 * MARGIN), INK, title.font, anchor="ls")
+    below = PANELS_Y + height
+    for number, panel in enumerate(panels):
         x = MARGIN + number * (PANEL + MARGIN)
-        draw.text((x, MARGIN + 22), caption, INK, caption_font, anchor="ls")
-        draw.rectangle([x, panels_y, x + PANEL - 1, panels_y + panel.height - 1], fill=MAT)
-        page.paste(panel, (x + (PANEL - panel.width) // 2, panels_y))
-    for x, y, (text, fill, outline) in placed:
-        _swatch(draw, MARGIN + x, legend_y + y, fill, outline)
-        draw.text((MARGIN + x + 28, legend_y + y + 10), text, INK, small, anchor="lm")
-    right_x = 2 * MARGIN + PANEL
-    if limits:
-        _colour_bar(page, right_x, legend_y, limits, small)
-    else:
-        _notice(draw, (right_x + PANEL // 2, panels_y + left.height // 2), "this method has no score", body)
-    y = text_y
-    if text_height:
-        draw.line([MARGIN, y, width - MARGIN, y], fill=RULE, width=1)
-        y += 24
-    for label, part in zip("QA", lines, strict=True):
+        draw.text((x, PANELS_Y - 16), panel.caption, INK, plain_font(24), anchor="ls")
+        draw.rectangle((x, PANELS_Y, x + PANEL - 1, PANELS_Y + height - 1), fill=MAT)
+        page.paste(panel.picture, (x + (PANEL - panel.picture.width) // 2, PANELS_Y))
+        below = max(below, _under(page, panel, x, PANELS_Y + height + 20))
+    return _texts(page, below + 28, texts)
+
+
+def _under(page: Image.Image, panel: _Panel, x: int, y: int) -> int:
+    """Legend or colour scale of a panel; returns where it ends."""
+    small = plain_font(20)
+    if panel.scale is None:
+        return y + draw_legend(page, (x, y), panel.legend, small, PANEL) if panel.legend else y - 20
+    y += draw_scale(page, (x, y), PANEL, panel.scale, small) + 12
+    beyond = panel.scale.below or panel.scale.above
+    for note in (panel.note, "colours from the 2nd to the 98th percentile" if beyond else ""):
+        if note:
+            ImageDraw.Draw(page).text((x, y), note, MUTED, plain_font(18), anchor="lt")
+            y += 26
+    return y - 8
+
+
+def _texts(page: Image.Image, y: int, texts: tuple[str, str]) -> Image.Image:
+    """Question and answer under a rule, and the page cut to what it holds."""
+    drawn = [in_font(text, 28) for text in texts]
+    lines = [wrap(text, page.width - 2 * MARGIN - 56, most) for text, most in zip(drawn, (6, 24), strict=True)]
+    taken = sum(40 * len(part) + 14 for part in lines if part)
+    out = Image.new("RGB", (page.width, y - 28 + MARGIN + (taken + 38 if taken else 0)), PAPER)
+    out.paste(page)
+    draw = ImageDraw.Draw(out)
+    if taken:
+        draw.line((MARGIN, y, page.width - MARGIN, y), fill=RULE, width=2)
+        y += 26
+    for label, text, part in zip("QA", drawn, lines, strict=True):
         if part:
-            draw.text((MARGIN, y), label, MUTED, body, anchor="la")
+            draw.text((MARGIN, y + 28), label, MUTED, plain_font(28), anchor="ls")
         for line in part:
-            draw.text((MARGIN + 56, y), line, INK, body, anchor="la")
-            y += 34
-        y += 12 if part else 0
-    return page
-
-
-def _flow(entries: list[Entry], font: Any) -> Iterator[tuple[int, int, Entry]]:
-    """Legend entries from left to right, on a new line where the panel ends: (x, y, entry)."""
-    x = y = 0
-    for entry in entries:
-        width = 28 + round(font.getlength(entry[0]))
-        if x and x + width > PANEL:
-            x, y = 0, y + 32
-        yield x, y, entry
-        x += width + 26
-
-
-def _swatch(draw: ImageDraw.ImageDraw, x: int, y: int, fill: Rgb, outline: Rgb | None) -> None:
-    draw.rectangle([x, y, x + 19, y + 19], fill=fill, outline=outline, width=4 if outline else 0)
-    if fill == UNSEEN:
-        for step in range(4, 36, 9):
-            ends = (x + min(step, 19), y + max(step - 19, 0)), (x + max(step - 19, 0), y + min(step, 19))
-            draw.line(ends, fill=(170, 173, 178), width=2)
-
-
-def _colour_bar(page: Image.Image, x: int, y: int, limits: tuple[float, float], font: Any) -> None:
-    low, high = limits
-    draw = ImageDraw.Draw(page)
-    level = np.linspace(0, 1, PANEL) if low < high else np.full(PANEL, 0.5)
-    bar = np.broadcast_to(_colour(level)[None], (20, PANEL, 3)).astype(np.uint8)
-    page.paste(Image.fromarray(bar), (x, y))
-    if low == high:
-        draw.text((x + PANEL // 2, y + 32), f"{low:.4g} everywhere", INK, font, anchor="mt")
-        return
-    for share, anchor in ((0.0, "lt"), (0.5, "mt"), (1.0, "rt")):
-        value = low * (1 - share) + high * share
-        draw.text((x + share * (PANEL - 1), y + 32), f"{value:.4g}", INK, font, anchor=anchor)
-
-
-def _notice(draw: ImageDraw.ImageDraw, centre: tuple[int, int], text: str, font: Any) -> None:
-    left, top, right, bottom = draw.textbbox(centre, text, font, anchor="mm")
-    draw.rounded_rectangle([left - 20, top - 14, right + 20, bottom + 14], 8, fill=PAPER, outline=RULE)
-    draw.text(centre, text, INK, font, anchor="mm")
-
-
-def _wrap(text: str, font: Any, width: int, most: int) -> list[str]:
-    """Lines of at most `width` pixels, at most `most` of them; words that are too long, or Chinese, break."""
-    lines = []
-    for paragraph in text.strip()[:10_000].splitlines():
-        line = ""
-        for word in paragraph.split():
-            trial = f"{line} {word}" if line else word
-            if font.getlength(trial) <= width:
-                line = trial
-                continue
-            if line:
-                lines.append(line)
-            while font.getlength(word) > width:
-                fits = max(1, bisect_right(range(1, len(word)), width, key=lambda n: font.getlength(word[:n])))
-                lines.append(word[:fits])
-                word = word[fits:]
-            line = word
-        lines.append(line)
-        if len(lines) > most:
-            return [*lines[: most - 1], f"{lines[most - 1]} ...".strip()]
-    return lines
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size=size)
+            draw.text((MARGIN + 56, y + 28), line, INK, text.font, anchor="ls")
+            y += 40
+        y += 14 if part else 0
+    return out

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flashvlm import graph_io
-from flashvlm.graph_io import DECODER, VISION, DialectName, FloatType, GraphIO, TensorSpec
-from flashvlm.images import ImagePreprocess
+from flashvlm.graph_io import DECODER, DialectName, FloatType, GraphIO, TensorSpec
+from flashvlm.preprocess import AnyRes, Pixels
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EMBEDDINGS = "embed_tokens.safetensors"
 PROCESSOR = "processor"
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what the runtime reads of it
@@ -42,10 +42,17 @@ FileName = Annotated[
         "the name of a file in the bundle (letters, digits, '.', '_', '-'; at most in one folder)",
     ),
 ]
+_SIZE = r"(-[a-z0-9]{1,16}){0,2}"
+VisionName = Annotated[str, _named(rf"vision{_SIZE}", "a vision graph: vision, vision-448x672")]
 GraphName = Annotated[
     str,
-    _named(r"vision|decoder|(select|prefill)-k[1-9][0-9]{0,6}", "a graph: vision, decoder, select-k64, prefill-k64"),
+    _named(
+        rf"vision{_SIZE}|decoder|(select|prefill){_SIZE}-k[1-9][0-9]{{0,6}}",
+        "a graph: vision, vision-448x672, decoder, select-k64, select-448x672-k64, prefill-k64",
+    ),
 ]
+StreamName = Annotated[str, _named(r"[a-z][a-z_]{0,31}", "a stream")]
+Pattern = Annotated[str, Field(max_length=256)]
 # Beyond every model there is, and small enough that no product of two allocates without end.
 Tokens = Annotated[int, Field(gt=0, le=1 << 16)]
 Width = Annotated[int, Field(gt=0, le=1 << 16)]
@@ -73,49 +80,144 @@ class FileSpec(_Record):
     sha256: Sha256
 
 
+class Dtypes(_Record):
+    """activations: of every tensor between graphs and in the cache; weights: as stored; embeddings: of the table."""
+
+    activations: FloatType
+    weights: FloatType
+    embeddings: FloatType
+
+
 class ModelSpec(_Record):
-    """What the runtime needs to know of the model; shapes in tokens, heads and channels."""
+    """What the runtime needs to know of the language model; sizes in tokens, heads and channels.
+
+    position_axes   1, or 3 for time, height and width
+    streams         tensors beside inputs_embeds, zero at text, and their widths
+    cache_in_place  the decoder writes new slots into the cache it is given; else it returns them
+    """
 
     name: str
-    family: str
-    dtype: FloatType
-    num_image_tokens: Tokens
-    image_grid: tuple[Tokens, Tokens]
+    dtypes: Dtypes
     hidden_size: Width
     num_layers: Layers
     num_key_value_heads: Heads
     head_dim: Width
     vocab_size: Vocabulary
     max_seq: Slots
-    image_token_id: TokenId
     eos_token_ids: tuple[TokenId, ...] = Field(max_length=64)
+    position_axes: Literal[1, 3] = 1
+    streams: dict[StreamName, Width] = Field(default_factory=dict, max_length=8)
+    cache_in_place: bool
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
-        if math.prod(self.image_grid) != self.num_image_tokens:
-            raise ValueError(f"expected an image_grid of {self.num_image_tokens} tokens, found {self.image_grid}")
-        for token in (self.image_token_id, *self.eos_token_ids):
+        for token in self.eos_token_ids:
             if token >= self.vocab_size:
                 raise ValueError(f"token id {token} is beyond the table of {self.vocab_size} rows")
         return self
 
 
+class TextLayout(_Record):
+    """What stands around an item's visual tokens, each run of them a ``{v}``.
+
+    whole    of an item in one piece, or of any item where ``tile`` is None
+    tile     of a tile, in row ``{r}`` and column ``{c}`` from 1; row_end: after each row; last: of the thumbnail
+    """
+
+    whole: Pattern = "{v}"
+    tile: Pattern | None = None
+    row_end: Pattern = ""
+    last: Pattern = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> TextLayout:
+        if self.whole.count("{v}") != 1 or self.row_end.count("{v}") or self.last.count("{v}") > 1:
+            raise ValueError("expected one {v} for the visual tokens of each unit")
+        if self.tile is not None and self.tile.count("{v}") != 1:
+            raise ValueError("expected one {v} for the visual tokens of a tile")
+        return self
+
+
+class VisualSpec(_Record):
+    """How one kind of image, at one size, becomes visual tokens.
+
+    graph            of vision; its selection graphs are named after it
+    placeholder_id   the token that stands for it in a prompt
+    tokens_per_unit  of a tile or frame, ``grid`` rows by columns (the CLS token that ``skip`` names is beside them)
+    candidates       tokens at most, in reading order
+    order            of the candidates: raster, tile after tile; or anyres: the thumbnail, then rows over all tiles
+                     without their padding, each with a newline
+    positions        sequential; or mrope: time, height and width, time in steps of ``time_scale``
+    skip             cls: the first token of each unit is never selected, and kept in "all"
+    """
+
+    modality: Literal["image"] = "image"
+    graph: VisionName
+    placeholder_id: TokenId
+    tokens_per_unit: Tokens
+    grid: tuple[Tokens, Tokens]
+    candidates: Tokens
+    feature_size: Width
+    pixels: Pixels
+    order: Literal["raster", "anyres"] = "raster"
+    text: TextLayout = TextLayout()
+    positions: Literal["sequential", "mrope"] = "sequential"
+    time_scale: int = Field(default=1, ge=1, le=1 << 16)
+    skip: Literal["none", "cls"] = "none"
+
+    @property
+    def tiled(self) -> bool:
+        """Whether an item has several units, and its graph an ``order``."""
+        return self.pixels.tiling != "single"
+
+    @model_validator(mode="after")
+    def _check(self) -> VisualSpec:
+        cells = math.prod(self.grid) + (self.skip == "cls")
+        if cells != self.tokens_per_unit:
+            raise ValueError(f"expected a grid of {self.tokens_per_unit} tokens, found {self.grid}")
+        if (self.order == "anyres") != isinstance(self.pixels, AnyRes):
+            raise ValueError(f"order {self.order} does not go with the tiling {self.pixels.tiling}")
+        if self.candidates != (most := self._most()):
+            raise ValueError(f"expected {most} candidates of these tiles, found {self.candidates}")
+        if self.text.tile is not None and self.order == "anyres":
+            raise ValueError("text between tiles does not go with rows over all tiles")
+        return self
+
+    def _most(self) -> int:
+        """The candidates of the largest item there can be."""
+        if not isinstance(self.pixels, AnyRes):
+            return self.pixels.max_units * self.tokens_per_unit
+        rows, columns = self.grid
+        side = self.pixels.side
+        lines = max(h // side * rows * (w // side * columns + 1) for h, w in self.pixels.pinpoints)
+        return self.tokens_per_unit + lines
+
+
 class SelectionSpec(_Record):
+    """score: what ``scores`` are: logarithms, cosines less the best one's, or None (zeros). default: the budget of a
+    question that names none."""
+
     method: str
+    score: Literal["log", "cosine"] | None = None
     query: Literal["question", "prompt"]
     positions: Literal["renumber", "keep"]
     budgets: tuple[Tokens, ...] = Field(max_length=256)
+    default: Tokens | Literal["all"]
     params: dict[str, float | int | str]
 
 
 class Manifest(_Record):
+    """source, revision, license: where the weights are from, and under which terms."""
+
     schema_version: int = SCHEMA_VERSION
     created_by: dict[str, str]
     source: str
+    revision: str | None = None
+    license: str | None = None
     dialect: DialectName
     layout: Literal["split", "fused"]
     model: ModelSpec
-    image: ImagePreprocess
+    visual: tuple[VisualSpec, ...] = Field(min_length=1, max_length=64)
     selection: SelectionSpec
     graphs: dict[GraphName, GraphSpec]
     files: dict[FileName, FileSpec] = Field(max_length=10_000)
@@ -123,14 +225,40 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        budgets, model = self.selection.budgets, self.model
-        if len(set(budgets)) != len(budgets) or max(budgets, default=0) > model.num_image_tokens:
-            raise ValueError(f"expected different budgets up to {model.num_image_tokens}, found {budgets}")
-        if self.layout == "fused" and self.dialect == "legacy":
-            raise ValueError("the fused layout needs a cache written in place, which the legacy dialect has not")
+        budgets, most = self.selection.budgets, self.candidates
+        if len(set(budgets)) != len(budgets) or max(budgets, default=0) > most:
+            raise ValueError(f"expected different budgets up to {most}, found {budgets}")
+        if self.selection.default not in (*budgets, "all"):
+            raise ValueError(f"the default budget {self.selection.default} is none of {(*budgets, 'all')}")
+        if self.selection.positions == "renumber" and self.model.position_axes > 1:
+            raise ValueError("positions on several axes are kept, not numbered anew")
+        if self.layout == "fused" and not fits_fused(self.model, self.visual):
+            raise ValueError("the fused layout takes one image without tiles, and a cache written in place")
+        if len({visual.graph for visual in self.visual}) != len(self.visual):
+            raise ValueError("expected different vision graphs, found one twice")
+        for visual in self.visual:
+            if visual.placeholder_id >= self.model.vocab_size:
+                table = f"the table of {self.model.vocab_size} rows"
+                raise ValueError(f"token id {visual.placeholder_id} is beyond {table}")
+            if visual.positions == "mrope" and self.model.position_axes != 3:
+                raise ValueError("positions mrope need 3 position_axes")
         self._check_files()
         self._check_graphs()
         return self
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """The token that stands for an image or video in a prompt, by modality."""
+        return {visual.modality: visual.placeholder_id for visual in self.visual}
+
+    @property
+    def candidates(self) -> int:
+        """Visual tokens of the largest image."""
+        return max(visual.candidates for visual in self.visual)
+
+    def max_units(self, graph: str) -> int:
+        """Tiles or frames that a vision graph takes at most; 1 for any other graph."""
+        return max((visual.pixels.max_units for visual in self.visual if visual.graph == graph), default=1)
 
     def _check_files(self) -> None:
         needed = [(EMBEDDINGS, "the runtime"), *((f"{PROCESSOR}/{name}", "the runtime") for name in PROCESSOR_FILES)]
@@ -140,10 +268,10 @@ class Manifest(_Record):
                 raise ValueError(f"{user} uses {file!r}, which files does not list")
 
     def _check_graphs(self) -> None:
-        if missing := {VISION, DECODER} - self.graphs.keys():
-            raise ValueError(f"no graph {min(missing)!r}; it has {', '.join(sorted(self.graphs))}")
-        expected = dict(self._contract())
-        if odd := self.graphs.keys() ^ expected.keys():
+        expected = dict(self.contract())
+        if missing := [name for name in expected if name not in self.graphs]:
+            raise ValueError(f"no graph {missing[0]!r}; it has {', '.join(sorted(self.graphs))}")
+        if odd := self.graphs.keys() - expected.keys():
             raise ValueError(
                 f"expected the graphs {', '.join(sorted(expected))} for these budgets, found another set: "
                 f"{', '.join(sorted(odd))}"
@@ -154,20 +282,32 @@ class Manifest(_Record):
                 if found != wanted:
                     raise ValueError(f"graph {name} does not have the {kind}s of its contract: {_first(found, wanted)}")
 
-    def _contract(self) -> Iterator[tuple[str, GraphIO]]:
-        """Every graph this bundle has to have, with its inputs and outputs. The feature width is vision's own."""
-        image = self.image
-        size = image.crop or image.size
-        outputs = {tensor.name: tensor for tensor in self.graphs[VISION].outputs}
-        width = outputs["features"].shape[-1] if "features" in outputs else None
-        if not isinstance(width, int):
-            raise ValueError("graph vision does not have the outputs of its contract: features [B,N,width] is missing")
-        yield VISION, graph_io.vision_io(self.model, size, width)
-        yield DECODER, graph_io.decoder_io(self.model, self.dialect)
-        for budget in self.selection.budgets:
-            yield graph_io.select_graph(budget), graph_io.select_io(self.model, budget, width)
-            if self.layout == "fused":
-                yield graph_io.prefill_graph(budget), graph_io.prefill_io(self.model, budget, size)
+    def contract(self) -> Iterator[tuple[str, GraphIO]]:
+        """Every graph this bundle has to have, with its inputs and outputs."""
+        yield from graphs_of(self.model, self.visual, self.selection.budgets, self.layout)
+
+
+def graphs_of(
+    model: ModelSpec, visual: Sequence[VisualSpec], budgets: Sequence[int], layout: Literal["split", "fused"]
+) -> Iterator[tuple[str, GraphIO]]:
+    """Names of the graphs of a bundle, with their inputs and outputs. A budget at or above an image's tokens keeps
+    them all, and has no graph."""
+    for spec in visual:
+        yield spec.graph, graph_io.vision_io(model, spec)
+    yield DECODER, graph_io.decoder_io(model)
+    for spec in visual:
+        for budget in budgets:
+            if budget > spec.candidates:
+                continue
+            yield graph_io.select_graph(spec.graph, budget), graph_io.select_io(model, spec, budget)
+            if layout == "fused":
+                yield graph_io.prefill_graph(spec.graph, budget), graph_io.prefill_io(model, spec, budget)
+
+
+def fits_fused(model: ModelSpec, visual: Sequence[VisualSpec]) -> bool:
+    """Whether one graph can have vision, selection and decoder in it (``--layout fused``)."""
+    plain = model.cache_in_place and model.position_axes == 1 and not model.streams
+    return plain and len(visual) == 1 and not visual[0].tiled
 
 
 def _first(found: tuple[TensorSpec, ...], wanted: tuple[TensorSpec, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Attention over an image and several questions that do not see each other, as transformers takes it by name."""
+"""Attention over an image and several conversations that do not see each other, as transformers takes it by name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-SEPARATE = "separate_questions"
+SEPARATE = "separate_conversations"
 
 
-def separate_questions(
+def separate_conversations(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -24,14 +24,14 @@ def separate_questions(
     number: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within the prefix, and from each question to the prefix and to what it has said itself.
+    """Causal attention within the prefix, and from each conversation to the prefix and to what it has said itself.
 
     A mask over all pairs takes nearly twice the products, and the fused kernel's backward on CPUs (torch 2.13) is slow.
 
     Args:
-        query, key, value: [B,H,P+S*L,d], the prefix first and then S slots of L tokens, several questions in each.
+        query, key, value: [B,H,P+S*L,d], the prefix first and then S slots of L tokens, several conversations in each.
         seen: bool [B,P], False where the prefix is padded.
-        number: int64 [B,S,L], which question a token belongs to.
+        number: int64 [B,S,L], which conversation a token belongs to.
 
     Returns:
         [B,P+S*L,H,d]
@@ -53,4 +53,4 @@ def _bias(allowed: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill(~allowed, float("-inf"))
 
 
-AttentionInterface.register(SEPARATE, separate_questions)
+AttentionInterface.register(SEPARATE, separate_conversations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ COUNTING = ("existence", "counting")  # kinds whose noun stands for as many thin
 class Plan:
     """What one stage reads: scenes a step, questions a scene, patches a side, and which tensors to make.
 
+    turns     how many of the questions are asked one after the other, in each conversation; the others are asked alone
     grounds   of the patches that show no thing, how many the language model reads at most, between these two numbers,
               another in every scene (None: all), so that it learns not to depend on how many there are
     each      of the patches of one thing likewise, beside its centre: they all say the same
@@ -40,6 +42,7 @@ class Plan:
     sides: tuple[int, ...]
     pixels: bool
     labels: bool
+    turns: tuple[int, ...] = ()
     grounds: tuple[int, int] | None = None
     each: tuple[int, int] | None = None
 
@@ -75,20 +78,26 @@ class Batches(Dataset):
         if plan.pixels:
             batch["pixel_values"] = pixel_values(scenes)
         if plan.questions:
-            chats = [self._chat(scene, f"{self.name}/{step}/{i}") for i, scene in enumerate(scenes)]
+            chats = [self._chats(scene, f"{self.name}/{step}/{i}") for i, scene in enumerate(scenes)]
             before = np.cumsum([0, *(len(scene.things) for scene in scenes)])
             batch["things"] = torch.from_numpy(np.concatenate([thing_labels(scene) for scene in scenes]))  # [T,7]
             batch |= self._turns.encode(
-                [[(question.text, question.answer) for question in chat] for chat in chats],
+                [[[(question.text, question.answer) for question in chat] for chat in about] for about in chats],
                 counts,
-                [[_nouns(question, first) for question in chat] for chat, first in zip(chats, before, strict=False)],
+                [
+                    [[_nouns(question, first) for question in chat] for chat in about]
+                    for about, first in zip(chats, before, strict=False)
+                ],
             )
         return batch
 
-    def _chat(self, scene: Scene, seed: str) -> list[Question]:
-        rng = random.Random(f"questions/{seed}")
-        kinds = rng.choices(list(SHARES), list(SHARES.values()), k=self.plan.questions)
-        return [_ask(scene, rng, kind) for kind in kinds]
+    def _chats(self, scene: Scene, seed: str) -> list[list[Question]]:
+        """Conversations about a scene, most of them of one question."""
+        rng, plan = random.Random(f"questions/{seed}"), self.plan
+        kinds = rng.choices(list(SHARES), list(SHARES.values()), k=plan.questions)
+        questions = iter([_ask(scene, rng, kind) for kind in kinds])
+        alone = plan.questions - sum(plan.turns)
+        return [list(islice(questions, turns)) for turns in (*plan.turns, *[1] * alone)]
 
 
 def _ask(scene: Scene, rng: random.Random, kind: str) -> Question:

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from flashvlm_export.testing import checkpoints
+from flashvlm_export.testing import llava
 from flashvlm_export.testing.tokenizer import CHAT_TEMPLATE, english, make_tokenizer
 from scenes.questions import KINDS, ask, vocabulary
 from scenes.world import GRID, sample_scene
 
 # 12 MB in float16: CLIP with 6 blocks of 192 over 576 patches, Llama with 6 layers of 256, 1,024 words. Layers rather
 # than width: to compare two things takes finding both, then weighing, then copying a name.
-PRESET = checkpoints.Preset(
-    vision=checkpoints.vision_sizes(336, 192, 6, 3, 768, 128),
-    text=checkpoints.text_sizes(256, 6, 4, 184, max_position_embeddings=2048),
+PRESET = llava.LlavaPreset(
+    vision=llava.vision_sizes(336, 192, 6, 3, 768, 128),
+    text=llava.text_sizes(256, 6, 4, 184, max_position_embeddings=2048),
     text_tokens=1022,
     vocab_multiple=64,
     dtype="float16",
@@ -30,7 +30,7 @@ PRESET = checkpoints.Preset(
 def save_processor(folder: Path) -> None:
     """Tokenizer, image processor and chat template, as on the hub; the words are those of the questions."""
     tokenizer = make_tokenizer(PRESET.text_tokens, PRESET.text["max_position_embeddings"], _corpus())
-    checkpoints.save_processor(PRESET, folder, tokenizer)
+    llava.save_processor(PRESET, folder, tokenizer)
 
 
 def _corpus() -> Iterator[str]:
@@ -58,7 +58,7 @@ def make_model() -> Any:
     """
     from transformers import LlavaForConditionalGeneration
 
-    config = checkpoints.make_config(PRESET, "float32")
+    config = llava.make_config(PRESET, "float32")
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         embedding = model.model.language_model.embed_tokens.weight

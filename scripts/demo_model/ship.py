@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from demo_model import build
 from demo_model.stages import STAGES, Demo
-from flashvlm_export.testing import checkpoints
+from flashvlm_export.testing import llava
+from scenes.exam import ASKED
 
 DTYPE = "float16"
 HEADS = ("heads.", "nouns.")
@@ -24,9 +25,16 @@ def round_weights(demo: Demo) -> None:
 
 
 def model_card(
-    demo: Demo, steps: dict[str, int], accuracy: dict[str, float], count: int, constant: tuple[str, float], history: str
+    demo: Demo,
+    steps: dict[str, int],
+    accuracy: dict[str, float],
+    by_turn: list[float],
+    count: int,
+    constant: tuple[str, float],
+    history: str,
 ) -> str:
     rows = [f"| {kind} | {share:.1%} |" for kind, share in accuracy.items()]
+    turns = [f"| {number} | {share:.1%} |" for number, share in enumerate(by_turn, 1)]
     parameters = sum(p.numel() for name, p in demo.named_parameters() if not name.startswith(HEADS))
     return Template((Path(__file__).parent / "card.md").read_text(encoding="utf-8")).substitute(
         parameters=f"{parameters / 1e6:.1f}",
@@ -34,6 +42,8 @@ def model_card(
         history="\n".join(textwrap.wrap(history, 120)),
         count=f"{count:,}",
         accuracy="\n".join(["| questions | right |", "| --- | --- |", *rows]),
+        scenes=f"{count // ASKED:,}",
+        turns="\n".join(["| turn | right |", "| --- | --- |", *turns]),
         constant=constant[0],
         constant_share=f"{constant[1]:.1%}",
     )
@@ -52,12 +62,12 @@ def unpack(folder: Path, out: Path) -> None:
 
 def ship(demo: Demo, folder: Path, card: str) -> int:
     """Writes config, processor, float16 weights under the hub's names, and the model card; returns bytes of weights."""
-    config = checkpoints.make_config(build.PRESET, DTYPE)
+    config = llava.make_config(build.PRESET, DTYPE)
     config.save_pretrained(folder)
-    checkpoints.generation_config(build.PRESET).save_pretrained(folder)
+    llava.generation_config(build.PRESET).save_pretrained(folder)
     build.save_processor(folder)
     tensors = {
-        checkpoints.rename(name, "hub"): tensor.detach().to(torch.float16).contiguous()
+        llava.rename(name, "hub"): tensor.detach().to(torch.float16).contiguous()
         for name, tensor in demo.state_dict().items()
         if not name.startswith(HEADS)
     }

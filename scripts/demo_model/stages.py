@@ -40,8 +40,8 @@ def _told(scenes: int, questions: int, sides: tuple[int, ...], grounds: Range | 
     return Plan(scenes, questions, sides, pixels=False, labels=True, grounds=grounds, each=each)
 
 
-def _shown(scenes: int, questions: int, sides: tuple[int, ...]) -> Plan:
-    return Plan(scenes, questions, sides, pixels=True, labels=True)
+def _shown(scenes: int, questions: int, sides: tuple[int, ...], **more: Any) -> Plan:
+    return Plan(scenes, questions, sides, pixels=True, labels=True, **more)
 
 
 STAGES = {
@@ -71,7 +71,10 @@ STAGES = {
         1e-3,
     ),
     "answer": Stage(
-        ((0.0, _shown(6, 14, (24,))),),
+        (
+            (0.0, _shown(6, 16, (24,), turns=(6, 5), grounds=(4, 430), each=(1, 14))),
+            (0.6, _shown(6, 16, (24,), turns=(6, 5))),
+        ),
         ("model.", "lm_head.", "nouns.", "heads."),
         2e-4,
     ),
@@ -92,7 +95,6 @@ class Demo(nn.Module):
         self.nouns = nn.ModuleDict({name: nn.Linear(width, len(ATTRIBUTES[name]) + 1) for name in OF_THINGS})
         self.nouns["number"] = nn.Linear(width, len(NUMBERS))
         self.register_buffer("word_ids", word_ids, persistent=False)
-        self.model.language_model.config._attn_implementation = SEPARATE
 
     def forward(self, stage: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return getattr(self, f"_{stage}")(batch)
@@ -195,8 +197,10 @@ class Demo(nn.Module):
     def read(self, batch: dict[str, Tensor], visual: Tensor) -> tuple[list[Tensor], Tensor]:
         """Hidden states [B,S,L-1,D] before, between and after the blocks, and the tokens to predict [B,S,L-1].
 
-        ``visual`` are the visual tokens of all images, one behind the other. A question sees its image and itself.
+        ``visual`` are the visual tokens of all images, one behind the other. A question sees its image, those before it
+        in its conversation, and itself.
         """
+        self.model.language_model.config._attn_implementation = SEPARATE
         prefix, questions = batch["prefix_ids"], batch["question_ids"]
         embed = self.model.language_model.embed_tokens
         is_image = prefix == self.config.image_token_id

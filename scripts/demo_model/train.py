@@ -53,6 +53,8 @@ def train(
     threads: int,
     workers: int,
     device: str = "cpu",
+    only: tuple[str, ...] = (),
+    pace: float = 1.0,
 ) -> Path:
     """Runs a stage, from its checkpoint if there is one, and returns the file with its weights.
 
@@ -63,6 +65,8 @@ def train(
             here, every 100 steps.
         start: weights of the stages before.
         threads, workers: of each process; workers draw scenes beside it.
+        only: prefixes of parameter names, to train these alone of what the stage trains.
+        pace: the learning rate as a multiple of the stage's own.
     """
     torch.set_num_threads(threads)
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
@@ -72,7 +76,7 @@ def train(
     demo = load_demo(folder, *start, *([out] if first else [])).to(device)
     demo.train()
     for name, parameter in demo.named_parameters():
-        parameter.requires_grad_(name.startswith(stage.trained))
+        parameter.requires_grad_(name.startswith(stage.trained) and name.startswith(only or stage.trained))
     named = {n: p for n, p in demo.named_parameters() if p.requires_grad}
     optimizers = _optimizers(named)
     mean = {name: parameter.detach().clone() for name, parameter in named.items()}
@@ -87,7 +91,7 @@ def train(
         share = replace(plan, scenes=-(-plan.scenes // processes))
         batches = Batches(share, label, range(max(begin, step), end), folder)
         for batch in DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
-            rate = stage.learning_rate * _schedule(step, steps)
+            rate = pace * stage.learning_rate * _schedule(step, steps)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * (MUON if isinstance(optimizer, torch.optim.Muon) else 1)
@@ -159,10 +163,10 @@ def _optimizers(named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
     decayed = [p for p in named.values() if p.ndim > 1 and id(p) not in chosen]
     others = [p for p in named.values() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    return [
-        torch.optim.Muon(matrices, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True),
-    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def _average(named: dict[str, nn.Parameter], processes: int) -> None:

@@ -6,9 +6,9 @@ report.py       the report as tables; targets.py: what is hoped for, beside what
 machine.py      GPU, driver and versions, without torch
 build.py        nvcc or the host emulation -> a library
 kernels.py      its C entry points through ctypes, into poisoned memory
-references.py   inputs and float64 references
 correctness.py  kernels against references; body.py: against the ONNX function body
 speed.py        CUDA events; compiled.py: torch.compile beside them
 sessions.py     bundles on ONNX Runtime CUDA, TensorRT-RTX and TensorRT against ONNX Runtime CPU
+graphs.py       each graph of a bundle by itself, in Polygraphy's runners
 plugins.py      a TensorRT engine around each plugin
 """

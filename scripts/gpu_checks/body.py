@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashvlm.extras import install
+from flashvlm_export.testing.references import DEFAULTS, ROUNDING, choice64, make
+
 from .correctness import DTYPES, SCORE_BOUND, load
 from .kernels import Kernels
 from .record import Job, Record, Skip
-from .references import DEFAULTS, ROUNDING, choice64, make
 
 # B, N, D, Dv, L, K
 CASES = ((2, 65, 136, 72, 9, 12), (1, 576, 4096, 1024, 64, 64))
-INSTALL = "pip install 'flashvlm[export,cpu]'"
+INSTALL = install("export", "cpu")
 
 
 def run(job: Job, record: Record) -> None:
@@ -61,7 +63,7 @@ def compare(kernels: Kernels, record: Record, opset: int, dtype: str, job: Job) 
 
 
 def score_session(opset: int, dtype: str) -> Any:
-    from flashvlm_export.graph.trace import score_function
+    from flashvlm_export.graph.functions import score_function
 
     shapes = {
         "projected": (dtype, "BND"), "query": (dtype, "BLD"), "query_mask": ("bool", "BL"),
@@ -73,7 +75,7 @@ def score_session(opset: int, dtype: str) -> Any:
 
 
 def lloyd_session(opset: int, features: torch.Tensor, budget: int) -> Any:
-    from flashvlm_export.graph.trace import lloyd_function
+    from flashvlm_export.graph.functions import lloyd_function
 
     attributes = {"budget": budget, "top_count": budget // 2, "iterations": DEFAULTS.iterations}
     function = lloyd_function(opset, *features.shape[1:], features.dtype, *attributes.values())

@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from flashvlm_export.selection.flashvlm import SelectionInputs, SelectionParams
+from flashvlm_export.selection import SelectionInputs, SelectionParams
+from flashvlm_export.testing.references import DEFAULTS, DEGENERATE, ROUNDING, choice64, degenerate, make, score64
 
 from .kernels import Kernels
 from .record import Job, Record, Skip
-from .references import DEFAULTS, DEGENERATE, ROUNDING, choice64, degenerate, make, score64
 
 # Of the log-score: 2e-6 of a cosine is 6.3e-5 after division by twice the temperature of 0.016.
 SCORE_BOUND = 8e-5

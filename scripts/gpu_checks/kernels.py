@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashvlm_export.selection.flashvlm import SelectionInputs, SelectionParams
+from flashvlm_export.selection import SelectionInputs, SelectionParams
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GUARD = 64  # elements behind an output or a workspace that must survive

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashvlm.extras import install
+from flashvlm_export.testing.references import DEFAULTS, make, score64
+
 from .build import PLUGINS
 from .correctness import DTYPES, SCORE_BOUND, Tally, compare_choice, need_torch_cuda, record_tally, worst_error
 from .record import Job, Record, Skip
-from .references import DEFAULTS, make, score64
 
 SIZES = {"B": 2, "N": 577, "D": 264, "Dv": 136, "L": 37}
 BUDGET = 64
@@ -28,7 +30,7 @@ def run(job: Job, record: Record) -> None:
     try:
         trt = importlib.import_module("tensorrt")
     except ImportError:
-        raise Skip("tensorrt is not installed", "pip install 'flashvlm[tensorrt]'") from None
+        raise Skip("tensorrt is not installed", install("tensorrt")) from None
     library = job.plugins.resolve() if job.plugins else _build(job)
     registry = trt.get_plugin_registry()
     if registry.load_library(str(library)) is None:

@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 
 from flashvlm.errors import FlashVLMError
+from flashvlm.extras import install
 
+from . import graphs
+from .graphs import BOUND, DIFFERENT_BOUND
 from .record import Job, Record, Skip
 
 PICTURE = Path(__file__).resolve().parents[1] / "assets" / "scene.png"
 QUESTION = "What color is the heart?"
 NEW_TOKENS = 8
 RUNS = 5  # of an answer, for the times; one more warms up
-# ||a - b|| / ||b|| of the logits: float16 and bfloat16 products through a few layers; TF32 lies below.
-LOGITS_BOUND = 2e-2
-# Of the kept tokens. Features in half precision move a few representatives: their choice is not continuous.
-DIFFERENT_BOUND = 0.1
-
 Open = Callable[[Path], Any]
 
 
@@ -37,7 +35,7 @@ def run_bundle(job: Job, record: Record) -> None:
         else:
             made = _export(job.work / "exported", "tiny" if job.quick else "small")
     except (ImportError, FlashVLMError) as error:
-        raise Skip(f"no bundle: {error}", "pip install 'flashvlm[export,cpu]', or give --bundle") from None
+        raise Skip(f"no bundle: {error}", f"{install('export', 'cpu')}, or give --bundle") from None
     copy = job.work / "bundle"
     shutil.copytree(made, copy, copy_function=_link)  # engines are built in it
     record.fact("bundle", str(copy))
@@ -71,15 +69,19 @@ def _compiled(
     job: Job, record: Record, target: Any, capabilities: tuple[str, ...], plugins: Path | None = None
 ) -> None:
     from flashvlm import Pipeline
+    from flashvlm.bundle import Bundle
     from flashvlm_export.compile.engines import CompileOptions, compile_bundle
 
     try:
         options = CompileOptions(_bundle(job), target=target, compute_capabilities=capabilities, plugins=plugins)
-        record.fact("compile_seconds", round(compile_bundle(options).seconds, 1))
+        report = compile_bundle(options)
     except FlashVLMError as refusal:
         raise Skip(f"flashvlm-compile: {refusal}") from None
+    record.fact("compile_seconds", round(report.seconds, 1))
     name = target if plugins is None else f"{target} with plugins"
     _compare(job, record, name, lambda path: Pipeline.from_bundle(path, backend=target, device=0, plugins=plugins))
+    runner = graphs.tensorrt_runner(target, report.folder)
+    graphs.compare(record, name, Bundle(_bundle(job)), runner, report.manifest.flags.max_seq, job.seed)
 
 
 def _bundle(job: Job) -> Path:
@@ -136,13 +138,13 @@ class Recorded:
     def answer(self, budget: int | str) -> Any:
         """Greedily, vision included."""
         self.logits.clear()
-        self.pipeline._features.clear()
+        self.pipeline.encoder.forget_images()
         return self.pipeline.generate(PICTURE, QUESTION, budget=budget, max_new_tokens=NEW_TOKENS)
 
 
 def compare(record: Record, name: str, reference: Recorded, other: Recorded) -> None:
     error, steps = _logits_error(reference, other, "all")[:2]
-    record.check(f"{name}: relative error of the logits, all image tokens", steps, error, LOGITS_BOUND)
+    record.check(f"{name}: relative error of the logits, all image tokens", steps, error, BOUND)
     for budget in reference.pipeline.bundle.manifest.selection.budgets:
         error, steps, wanted, found = _logits_error(reference, other, budget)
         different = 1 - len(np.intersect1d(wanted.kept, found.kept)) / len(wanted.kept)
@@ -152,7 +154,7 @@ def compare(record: Record, name: str, reference: Recorded, other: Recorded) -> 
             f"{name}: share of other tokens kept, budget {budget}", 1, different, DIFFERENT_BOUND, passed=passed
         )
         if different == 0:  # else the decoder reads other tokens, and rightly says something else
-            record.check(f"{name}: relative error of the logits, budget {budget}", steps, error, LOGITS_BOUND)
+            record.check(f"{name}: relative error of the logits, budget {budget}", steps, error, BOUND)
 
 
 def _logits_error(reference: Recorded, other: Recorded, budget: int | str) -> tuple[float, int, Any, Any]:
@@ -170,7 +172,7 @@ def _logits_error(reference: Recorded, other: Recorded, budget: int | str) -> tu
 
 def times(record: Record, name: str, pipeline: Recorded) -> None:
     """Wall time of each stage."""
-    dtype = pipeline.pipeline.bundle.manifest.model.dtype
+    dtype = pipeline.pipeline.bundle.manifest.model.dtypes.activations
     for budget in (*pipeline.pipeline.bundle.manifest.selection.budgets, "all"):
         runs = [pipeline.answer(budget).timings for _ in range(RUNS + 1)][1:]
         stages = {stage: [getattr(run, stage) for run in runs] for stage in ("vision", "select", "prefill")}

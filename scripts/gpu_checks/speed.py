@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from flashvlm_export.selection.flashvlm import METHODS, Selection, SelectionInputs, text_guided_score
+from flashvlm_export.selection import METHODS, TORCH, Selection, SelectionInputs
+from flashvlm_export.testing.references import DEFAULTS, make
 
 from .correctness import DTYPES, load, need_torch_cuda
 from .kernels import Kernels
 from .names import COLD, EAGER, FLOOR, HOT, LAUNCHES, LLOYD, PUBLISHED, SCORE, SELECTION
 from .record import Job, Record
-from .references import DEFAULTS, make
 
 N, D, DV, L, K = 576, 4096, 1024, 64, 64
 IN_A_ROW = 20  # calls in the graph of a hot measurement
@@ -77,7 +77,7 @@ def torch_selection(method: str, x: SelectionInputs) -> Callable[[], Selection]:
 
     @torch.no_grad()
     def selection() -> Selection:
-        return METHODS[method](x, K, DEFAULTS, text_guided_score)
+        return METHODS[method].choose(x, K, DEFAULTS, TORCH)
 
     return selection
 

@@ -1,12 +1,11 @@
-"""How much an answer suffers when tokens are dropped: methods x budgets x question kinds, through the exported graphs.
+"""How much an answer suffers when tokens are dropped: methods x budgets x question kinds, by flashvlm.evaluation.
 
-variants.py      which methods and parameters are compared, as one table
-experimental.py  methods that are candidates, built from a relevance and a rest; the exporter does not know them
-resolution.py    fewer tokens without selection: a smaller image, and average-pooled tokens
-bundles.py       exported graphs, kept in the work folder
-harness.py       the exam: scenes seen once, selection, prefill and decode in batches, milliseconds of selection
-results.py       one file of answers per variant and budget; a run that was cut short goes on
-measures.py      accuracy, share of kept patches, paired bootstrap
-report.py        tables of docs/quality.md; plot.py: its picture
-command.py       scripts/benchmark quality
+variants.py    which methods and parameters are compared, as one table
+resolution.py  fewer tokens without selection: a smaller image, and average-pooled tokens
+bundles.py     a bundle for each variant, kept in the work folder
+task.py        the questions, and which patches they ask for
+runs.py        the variants answer; milliseconds of selection
+measures.py    accuracy, share of kept patches, differences
+report.py      tables of docs/quality-tables.md; plot.py: the picture of docs/quality.md
+command.py     scripts/benchmark quality
 """

@@ -18,12 +18,12 @@ from rich.table import Table
 if TYPE_CHECKING:
     from quality.measures import Scored
     from quality.report import Conditions, Scores
-    from quality.results import Sitting
+    from quality.runs import Sitting
     from quality.variants import Variant
 
 OF_METHODS, OF_OTHERS = (192, 128, 64, 32, 16, 8), (32, 16)  # budgets beside all tokens
 QUESTIONS = {"test": 2100, "check": 700}
-Plan: TypeAlias = "list[tuple[Variant, int]]"  # and budgets
+Plan: TypeAlias = "list[tuple[Variant, list[int]]]"  # and its budgets
 
 
 def quality(
@@ -31,7 +31,7 @@ def quality(
         int | None, typer.Option(help="Held-out questions, seven a scene; if not given, 2,100 of test, 700 of check.")
     ] = None,
     variants: Annotated[
-        str, typer.Option(help="methods, ablations, experimental, all, or names: eta=0.25,idf+merge:eta=0.75.")
+        str, typer.Option(help="methods, ablations, all, or names: eta=0.25,trim,flashvlm:eta=0.75:query=prompt.")
     ] = "methods",
     budgets: Annotated[
         str | None, typer.Option(help="Tokens to keep; if not given, 192 to 8 for methods, 32 and 16 for others.")
@@ -46,7 +46,7 @@ def quality(
     threads: Annotated[int | None, typer.Option(help="Threads; every core if not given.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of timing the selection graphs; 0 for none.")] = 30,
     write: Annotated[
-        Path | None, typer.Option(help="Folder of quality.md, whose tables and picture are renewed: docs.")
+        Path | None, typer.Option(help="Folder whose quality-tables.md and quality.png are renewed: docs.")
     ] = None,
 ) -> None:
     """Accuracy of every selection method by budget and kind of question, through the exported graphs."""
@@ -60,8 +60,8 @@ def quality(
         raise typer.BadParameter(str(error)) from None
     if split not in (None, *QUESTIONS) or (questions is not None and questions < 1) or (sizes and min(sizes) < 1):
         raise typer.BadParameter("expected --split test or check, --questions and --budgets of at least 1")
-    if write and not (write / "quality.md").is_file():
-        raise typer.BadParameter(f"--write {write}: there is no quality.md in it; expected docs")
+    if write and not write.is_dir():
+        raise typer.BadParameter(f"--write {write}: there is no such folder; expected docs")
     try:
         for of_split, plan in _plans(wanted, sizes, split).items():
             _quality(plan, questions or QUESTIONS[of_split], model, work, of_split, threads, rounds, write)
@@ -80,18 +80,16 @@ def _plans(wanted: list[Variant], sizes: list[int] | None, split: str | None) ->
 
 
 def _plan(wanted: list[Variant], sizes: list[int] | None) -> Plan:
-    """Every variant with each of its budgets, the ones it is compared with included."""
-    from quality.variants import METHODS, OFFERED, REFERENCE, RIVALS, known_names
+    """Every variant with its budgets, the one they are compared with included. All tokens are run in any case."""
+    from quality.variants import EVERYTHING, METHODS, REFERENCE
 
-    rivals = (*RIVALS, OFFERED) if {variant.name for variant in wanted} - known_names() else (REFERENCE,)
-    compared = [variant for variant in METHODS if variant.name in rivals]
+    compared = [variant for variant in METHODS if variant.name == REFERENCE and variant not in wanted]
     whole_group = all(method in wanted for method in METHODS)
-    plan = [
-        (variant, budget)
+    return [
+        (variant, [*(sizes or (OF_METHODS if whole_group and variant in METHODS else OF_OTHERS))])
         for variant in (*wanted, *compared)
-        for budget in sizes or (OF_METHODS if whole_group and variant in METHODS else OF_OTHERS)
+        if variant != EVERYTHING
     ]
-    return list({(variant.name, budget): (variant, budget) for variant, budget in plan}.values())
 
 
 def _quality(
@@ -105,15 +103,16 @@ def _quality(
     write: Path | None,
 ) -> None:
     from quality import report
-    from quality.results import Sitting
+    from quality.runs import Sitting
 
     console = Console(width=150)
     columns = (TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         task = bars.add_task("questions, model", total=None)
         sitting = Sitting(model, work, questions, split, threads)
-        plan = [(variant, budget) for variant, budget in plan if budget < sitting.all_tokens]
-        bars.update(task, total=(len(plan) + 1) * len(sitting.items))
+        plan = [(variant, [size for size in budgets if size < sitting.all_tokens]) for variant, budgets in plan]
+        plan = [(variant, budgets) for variant, budgets in plan if budgets]
+        bars.update(task, total=(sum(len(budgets) for _, budgets in plan) + 1) * len(sitting.items))
         everything, scored = _score(
             sitting, plan, rounds, lambda doing, done: bars.update(task, description=doing, advance=done)
         )
@@ -121,7 +120,7 @@ def _quality(
         command=shlex.join(["scripts/benchmark", *_given(sys.argv[1:])]),
         model=Path(model).name,
         questions=len(sitting.items),
-        scenes=len({id(item.scene) for item in sitting.items}),
+        scenes=len({*sitting.task.groups}),
         split=split,
         backend=f"ONNX Runtime {_version()}, {threads or os.cpu_count()} threads, float32",
     )
@@ -131,25 +130,24 @@ def _quality(
     console.print(f"{whole}; {conditions}", highlight=False)
     _print(console, scores, list(dict.fromkeys(variant.name for variant, _ in plan)))
     if write is not None:
-        _write(write, scores, conditions, [variant.name for variant, _ in plan])
+        _write(write, scores, conditions)
 
 
 def _score(sitting: Sitting, plan: Plan, rounds: int, step: Callable[[str, int], None]) -> tuple[Scored, list[Scored]]:
     """All tokens, and every run of the plan."""
     from quality.measures import score
-    from quality.variants import EVERYTHING, RIVALS
+    from quality.variants import REFERENCE
 
-    everything = sitting.answers(EVERYTHING, sitting.all_tokens, step)
-    runs = [sitting.answers(variant, budget, step) for variant, budget in plan]
+    everything = sitting.everything(step)
+    runs = [run for variant, budgets in plan for run in sitting.runs(variant, budgets, step)]
     step("milliseconds of selection", 0)
     milliseconds = sitting.select_milliseconds(runs, rounds) if rounds else {}
     step("intervals", 0)
-    references = [run for run in runs if run.variant.name in RIVALS]
-    (whole,) = score([everything], sitting.items, everything, [], {})
-    return whole, score(runs, sitting.items, everything, references, milliseconds)
+    whole, *scored = score([everything, *runs], sitting.task, sitting.items, everything, REFERENCE, milliseconds)
+    return whole, scored
 
 
-def _write(folder: Path, scores: Scores, conditions: Conditions, names: list[str]) -> None:
+def _write(folder: Path, scores: Scores, conditions: Conditions) -> None:
     """The blocks of the document whose variants were all run."""
     from quality import plot, report
     from quality.variants import ALL_TOKENS, METHODS, known_names
@@ -162,18 +160,16 @@ def _write(folder: Path, scores: Scores, conditions: Conditions, names: list[str
         report.replace(folder / report.PICTURE, picture.getvalue())
     if scores.has(known_names() - {ALL_TOKENS, *methods}):
         blocks["ablations"] = report.ablations_block(scores, conditions)
-    if others := [name for name in dict.fromkeys(names) if name not in known_names()]:
-        blocks["experimental"] = report.experimental_block(scores, conditions, others)
     report.write_blocks(folder / report.DOCUMENT, blocks)
 
 
 def _print(console: Console, scores: Scores, names: list[str]) -> None:
     from quality.report import interval
-    from quality.variants import RIVALS
+    from quality.variants import REFERENCE
 
     for budget in scores.budgets(names):
         table = Table(title=f"budget {budget}", title_justify="left", box=None, pad_edge=False)
-        columns = ("variant", "tokens", "accuracy", *(f"against {r}" for r in RIVALS), "patches kept", "select ms")
+        columns = ("variant", "tokens", "accuracy", f"against {REFERENCE}", "patches kept", "select ms")
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left")
         for name in names:
@@ -181,12 +177,12 @@ def _print(console: Console, scores: Scores, names: list[str]) -> None:
             if found is None:
                 continue
             kept, time = found.by["all"].kept, found.select_ms
-            against = [found.against.get(rival, {}).get("all") for rival in RIVALS]
+            against = found.against.get("all")
             table.add_row(
                 name,
                 str(found.run.tokens),
                 f"{found.by['all'].accuracy:.1%}",
-                *("" if d is None else interval(d).strip("*") for d in against),
+                "" if against is None else interval(against).strip("*"),
                 "" if kept is None else f"{kept:.1%}",
                 "" if time is None else f"{time:.2f}",
             )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from PIL import Image
 
-from flashvlm.kept_picture import INK, MARGIN, MUTED, RULE, Rgb
-from flashvlm.profiling.report import Pen
+from flashvlm import charts
 from quality.measures import ALL
 from quality.report import Scores
 from quality.variants import REFERENCE
 
-WIDTH, HEIGHT, LABELS, AXIS = 760, 520, 210, 64  # plot, room for labels on its right, for numbers on its left
+Rgb = tuple[int, int, int]
+
+WIDTH, HEIGHT, LABELS, AXIS = 760, 520, 210, 64  # pixels: plot, room for labels on its right, for numbers on its left
+MARGIN, TOP, BOTTOM = 40, 126, 100
 LINE_HEIGHT = 23
 # Okabe and Ito's palette for methods that read the question or compete with ours; grays for the plain ones.
 COLOURS: dict[str, Rgb] = {
@@ -35,7 +38,7 @@ def draw(scores: Scores, names: Sequence[str]) -> Image.Image:
     budgets = scores.budgets(names)
     whole = scores.everything
     plain = iter(PLAIN * len(names))
-    colours = {name: COLOURS.get(name) or next(plain) for name in names}
+    colours = {name: _share(COLOURS.get(name) or next(plain)) for name in names}
     lines: dict[str, list[tuple[int, float]]] = {}
     for name in names:
         found = [scores.get(name, budget) for budget in budgets]
@@ -43,44 +46,50 @@ def draw(scores: Scores, names: Sequence[str]) -> Image.Image:
         lines[name] += [(s.run.tokens, s.by[ALL].accuracy) for s in found if s is not None]
     values = [value for line in lines.values() for _, value in line]
     low, high = _limits(min(values), max(values))
-    top, left = MARGIN + 70, MARGIN + AXIS
-    pen = Pen(left + WIDTH + LABELS + MARGIN, top + HEIGHT + 76 + MARGIN)
-    pen.text(MARGIN, MARGIN + 24, "Accuracy on held-out questions", INK, 26, "ls")
-    pen.text(MARGIN, MARGIN + 50, f"%, by visual tokens kept of {whole.run.tokens}", MUTED, 18, "ls")
+    width, height = MARGIN + AXIS + WIDTH + LABELS + MARGIN, TOP + HEIGHT + BOTTOM
+    figure = charts.new_figure(width / 100, height / 100)
+    details = f"%, by visual tokens kept of {whole.run.tokens}"
+    charts.add_heading(figure, "Accuracy on held-out questions", details)
+    axes = charts.add_axes(figure, (MARGIN + AXIS) / 100, BOTTOM / 100, WIDTH / 100, HEIGHT / 100, "")
+    axes.set_xscale("log")
+    least = min(n for line in lines.values() for n, _ in line)
+    axes.set_xlim(whole.run.tokens, least if least < whole.run.tokens else whole.run.tokens / 2)
+    axes.set_ylim(100 * low, 100 * high)
+    axes.minorticks_off()
+    places = (whole.run.tokens, *budgets)
+    axes.set_xticks(places, ["all", *map(str, budgets)])
+    axes.set_yticks([100 * (low + n * _step(high - low)) for n in range(round((high - low) / _step(high - low)) + 1)])
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.tick_params(axis="y", labelcolor=charts.MUTED)
+    axes.tick_params(axis="x", pad=10)
+    axes.grid(axis="y", color=charts.RULE, linewidth=1)
+    axes.set_xlabel("visual tokens kept", fontsize=11, color=charts.MUTED, labelpad=10)
 
-    most, least = math.log(whole.run.tokens), math.log(min(n for line in lines.values() for n, _ in line))
-
-    def place(tokens: int, accuracy: float) -> tuple[float, float]:
-        share = (most - math.log(tokens)) / max(most - least, 1e-9)
-        return left + WIDTH * share, top + HEIGHT * (high - accuracy) / (high - low)
-
-    step = _step(high - low)
-    tick = low
-    while tick <= high + 1e-9:
-        y = place(whole.run.tokens, tick)[1]
-        pen.line([(left, y), (left + WIDTH, y)], RULE, 1)
-        pen.text(left - 14, y, f"{100 * tick:.0f}", MUTED, 18, "rm")
-        tick += step
-    for tokens in (whole.run.tokens, *budgets):
-        x = place(tokens, low)[0]
-        pen.text(x, top + HEIGHT + 16, "all" if tokens == whole.run.tokens else str(tokens), INK, 18, "mt")
-    pen.text(left + WIDTH / 2, top + HEIGHT + 48, "visual tokens kept", MUTED, 18, "mt")
-
-    order = sorted(names, key=lambda name: name == REFERENCE)  # ours last, on top
-    for name in order:
-        points = [place(*point) for point in lines[name]]
-        ours = name == REFERENCE
-        pen.line(points, colours[name], 4 if ours else 2)
-        for x, y in points[1:]:
-            pen.dot(x, y, 6 if ours else 4, colours[name], colours[name])
-    ends = {name: place(*line[-1])[1] for name, line in lines.items()}
+    for name, line in lines.items():
+        ours = name == REFERENCE  # on top
+        tokens, accuracies = zip(*((n, 100 * accuracy) for n, accuracy in line), strict=True)
+        style = {"linewidth": 2.9, "markersize": 8.5, "zorder": 4} if ours else {"linewidth": 1.5, "markersize": 5.5}
+        marks = {"marker": "o", "markevery": slice(1, None), "clip_on": False}
+        axes.plot(tokens, accuracies, color=colours[name], **(marks | style))  # type: ignore[arg-type]
+    ends = {name: HEIGHT * (high - line[-1][1]) / (high - low) for name, line in lines.items()}
     for name, y in _apart(ends).items():
-        x = place(*lines[name][-1])[0]
-        pen.line([(x + 8, ends[name]), (left + WIDTH + 26, y)], RULE, 1)
-        value = f"{100 * lines[name][-1][1]:.1f}"
-        pen.text(left + WIDTH + 32, y, value, colours[name], 18, "lm")
-        pen.text(left + WIDTH + 78, y, name, colours[name], 20 if name == REFERENCE else 18, "lm")
-    return pen.finished()
+        where = (1 + 26 / WIDTH, 1 - y / HEIGHT)
+        pointer = {"arrowstyle": "-", "color": charts.RULE, "shrinkA": 2, "shrinkB": 6}
+        size, colour = 11.5 if name == REFERENCE else 10.5, colours[name]
+        axes.annotate(
+            f"{100 * lines[name][-1][1]:.1f}", (lines[name][-1][0], 100 * lines[name][-1][1]), where,
+            textcoords="axes fraction", va="center", fontsize=size, color=colour, arrowprops=pointer,
+        )  # fmt: skip
+        weight = "bold" if name == REFERENCE else "normal"
+        at = (where[0] + 46 / WIDTH, where[1])
+        axes.text(*at, name, va="center", fontsize=size, color=colour, weight=weight, transform=axes.transAxes)
+    content = io.BytesIO()
+    charts.save(figure, content)
+    return Image.open(content).convert("RGB")
+
+
+def _share(colour: Rgb) -> tuple[float, ...]:
+    return tuple(channel / 255 for channel in colour)
 
 
 def _limits(lowest: float, highest: float) -> tuple[float, float]:

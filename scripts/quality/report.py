@@ -1,4 +1,4 @@
-"""Results as JSON and as the tables of docs/quality.md, between markers that name them."""
+"""Results as JSON and as docs/quality-tables.md, whose blocks stand between markers that name them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quality.measures import ALL, CONFIDENCE, HELD_OUT, RESAMPLES, SEEN, Difference, Scored
-from quality.variants import GRIDS, METHODS, OFFERED, REFERENCE, RIVALS, ablation, defaults
+from flashvlm.evaluation import Interval
+from flashvlm.evaluation.statistics import CONFIDENCE, RESAMPLES
+from quality.measures import ALL, HELD_OUT, SEEN, Scored
+from quality.variants import GRIDS, METHODS, REFERENCE, ablation, defaults
 
 SCHEMA_VERSION = 1
-DOCUMENT, PICTURE = "quality.md", "quality.png"
+DOCUMENT, PICTURE = "quality-tables.md", "quality.png"
+TITLES = {"methods": "Methods", "ablations": "What decides the defaults"}
 BY_KIND = (64, 16)  # budgets at which kinds are told apart
 
 
@@ -49,10 +52,7 @@ def to_json(conditions: Conditions, everything: Scored, scored: Sequence[Scored]
                 "tokens": each.run.tokens,
                 "select_ms": each.select_ms,
                 "by": {name: {**asdict(measure), "relative": each.relative[name]} for name, measure in each.by.items()},
-                "against": {
-                    name: {subset: asdict(difference) for subset, difference in found.items()}
-                    for name, found in each.against.items()
-                },
+                "against": {REFERENCE: {subset: asdict(difference) for subset, difference in each.against.items()}},
             }
             for each in (everything, *scored)
         ],
@@ -90,16 +90,15 @@ def methods_block(scores: Scores, conditions: Conditions) -> str:
     whole = scores.everything.by[ALL]
     parts = [
         _intro(conditions),
-        f"![Accuracy against budget, one line a method]({PICTURE})",
         f"**Accuracy, %**, and as a share of what all {scores.everything.run.tokens} tokens reach, "
         f"{_percent(whole.accuracy)} %.",
         _table("method", names, budgets, scores, _accuracy),
         f"**Difference in accuracy from `{REFERENCE}`**, points, with its interval; bold where it leaves zero out.",
-        _table("method", names[1:], budgets, scores, lambda s: _versus(s, REFERENCE)),
+        _table("method", names[1:], budgets, scores, _versus),
         "**Patches of the asked-for things that were kept, %**, over questions about things. Few tokens cannot hold "
         "all patches of a large thing; merged and pooled tokens count by the index they carry or not at all.",
         _table("method", names, budgets, scores, lambda s: _percent(s.by[ALL].kept)),
-        "**Selection alone, milliseconds** at batch 1: median over questions, graphs in turn, apart from answering.",
+        "**Selection alone, milliseconds** at batch 1, its inputs gathered: median over questions, variants in turn.",
         _table("method", names, budgets, scores, lambda s: "" if s.select_ms is None else f"{s.select_ms:.2f}"),
     ]
     for budget in (b for b in BY_KIND if b in budgets):
@@ -122,30 +121,7 @@ def ablations_block(scores: Scores, conditions: Conditions) -> str:
             if variant.name == REFERENCE:
                 label += " (default)"
             rows.append((label, variant.name))
-    parts.append(_table("", rows, budgets, scores, lambda s: _with_difference(s, REFERENCE)))
-    return "\n\n".join(parts)
-
-
-def experimental_block(scores: Scores, conditions: Conditions, names: Sequence[str]) -> str:
-    budgets = scores.budgets(names)
-    parts = [_intro(conditions)]
-    for budget in budgets:
-        header = [
-            "at " + str(budget),
-            "accuracy, %",
-            *(f"against {rival}" for rival in RIVALS),
-            "patches kept, %",
-            "ms",
-        ]
-        rows = []
-        for name in (*RIVALS, OFFERED, *names):
-            found = scores.get(name, budget)
-            if found is None:
-                continue
-            time = "" if found.select_ms is None else f"{found.select_ms:.2f}"
-            cells = [_percent(found.by[ALL].accuracy), *(_versus(found, rival) for rival in RIVALS)]
-            rows.append([f"`{name}`", *cells, _percent(found.by[ALL].kept), time])
-        parts.append(_markdown(header, rows))
+    parts.append(_table("", rows, budgets, scores, _with_difference))
     return "\n\n".join(parts)
 
 
@@ -203,17 +179,16 @@ def _accuracy(scored: Scored) -> str:
     return _percent(scored.by[ALL].accuracy) + share
 
 
-def _versus(scored: Scored, reference: str) -> str:
-    difference = scored.against.get(reference, {}).get(ALL)
-    return "" if difference is None else interval(difference)
+def _versus(scored: Scored) -> str:
+    return interval(scored.against[ALL]) if scored.against else ""
 
 
-def _with_difference(scored: Scored, reference: str) -> str:
-    accuracy, difference = _percent(scored.by[ALL].accuracy), _versus(scored, reference)
+def _with_difference(scored: Scored) -> str:
+    accuracy, difference = _percent(scored.by[ALL].accuracy), _versus(scored)
     return f"{accuracy}; {difference}" if difference else accuracy
 
 
-def interval(difference: Difference) -> str:
+def interval(difference: Interval) -> str:
     """``-1.2 [-2.0, -0.4]`` in points; bold where zero is outside."""
     value, low, high = (100 * v for v in (difference.value, difference.low, difference.high))
     text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
@@ -223,19 +198,30 @@ def interval(difference: Difference) -> str:
 # --- document ------------------------------------------------------------------------------------------------------
 
 
+def empty() -> str:
+    """The document before any run."""
+    parts = [
+        "# Selection quality: tables",
+        "Written by `scripts/benchmark quality --write docs`, not by hand. Conclusions: [quality.md](quality.md).",
+    ]
+    for name, title in TITLES.items():
+        parts += [f"## {title}", f"<!-- {name} -->\n<!-- /{name} -->"]
+    return "\n\n".join(parts) + "\n"
+
+
 def write_blocks(document: Path, blocks: dict[str, str]) -> None:
-    """Puts each block between ``<!-- name -->`` and ``<!-- /name -->``; the rest of the document stays.
+    """Puts each block between ``<!-- name -->`` and ``<!-- /name -->``; what a run did not cover stays.
 
     Raises:
         ValueError: the document lacks a pair of markers.
     """
-    text = document.read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8") if document.exists() else empty()
     for name, block in blocks.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, found, rest = text.partition(start)
         _, closed, tail = rest.partition(end)
         if not found or not closed:
-            raise ValueError(f"{document}: expected the markers {start} and {end}; restore them")
+            raise ValueError(f"{document}: expected the markers {start} and {end}; remove it, and it is written anew")
         text = f"{head}{start}\n\n{block}\n\n{end}{tail}"
     replace(document, text.encode())
 

@@ -7,14 +7,15 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from flashvlm.errors import CheckpointError
-from flashvlm_export.selection.baselines import evenly_spaced
-from flashvlm_export.selection.ops import ScoreFn, Selection, SelectionInputs, SelectionParams
+from flashvlm_export.selection import Method, Nodes, Selection, SelectionInputs, SelectionParams
+from flashvlm_export.selection.uniform import evenly_spaced
 
 POSITIONS = "position_embedding.weight"
 
@@ -27,7 +28,7 @@ def write_downsampled(checkpoint: Path, side: int, out: Path) -> None:
     Raises:
         CheckpointError: not exactly one position table, or a grid that is no square.
     """
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     for path in checkpoint.iterdir():
         if path.suffix != ".safetensors" and path.is_file() and not path.name.endswith(".index.json"):
             shutil.copy(path, out)
@@ -61,13 +62,18 @@ def interpolated(table: Tensor, side: int) -> Tensor:
     return torch.cat([table[:1], new.flatten(2)[0].T.to(table.dtype)]).contiguous()
 
 
-def pooled(inputs: SelectionInputs, budget: int, params: SelectionParams, score: ScoreFn) -> Selection:
+def pooled(inputs: SelectionInputs, budget: int, params: SelectionParams, nodes: Nodes) -> Selection:
     """A method: image tokens averaged over a grid of sqrt(budget) x sqrt(budget) cells. ``budget`` is a square."""
     tokens, side = inputs.saliency.shape[1], math.isqrt(budget)
     old = math.isqrt(tokens)
-    weights = F.adaptive_avg_pool2d(torch.eye(tokens).reshape(1, tokens, old, old), side)  # [1, N, side, side]
-    embeds = weights.flatten(2)[0].T @ inputs.projected.float()  # [B, K, D]
+    # The cells of adaptive average pooling as one constant, without an operator that no exported graph has.
+    line = np.array([[i * old // side <= x < -(-(i + 1) * old // side) for x in range(old)] for i in range(side)])
+    cells = np.kron(line, line).astype(np.float32)  # [K, N]
+    embeds = torch.from_numpy(cells / cells.sum(1, keepdims=True)) @ inputs.projected.float()  # [B, K, D]
     nothing = torch.zeros_like(inputs.saliency, dtype=torch.float32)
     # Where the cells lie, more or less: no token is kept as it is.
     kept = torch.tensor(evenly_spaced(tokens, budget)).expand(nothing.shape[0], -1)
     return Selection(embeds.to(inputs.projected.dtype), kept, torch.zeros_like(kept, dtype=torch.bool), nothing)
+
+
+POOLED = Method("pooled", pooled, "image tokens averaged over a coarser grid")

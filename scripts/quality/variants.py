@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-from quality.experimental import RELEVANCE, REST
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 REFERENCE = "flashvlm"
-RIVALS = (REFERENCE, "flashvlm-published", "vispruner", "cdpruner")  # what a candidate is compared with
-OFFERED = "flashvlm-contrast"  # the candidate that became a method
 ALL_TOKENS = "none"
 DOWNSAMPLED, POOLED = "downsampled", "pooled"
 SCOPES = ("query", "positions")  # options of an export that are not in SelectionParams
@@ -20,7 +16,7 @@ class Variant:
     """A method with everything that decides its choice.
 
     name       as in tables
-    method     a key of selection.METHODS, of the experimental ones, ``pooled`` or ``downsampled``
+    method     a key of selection.METHODS, ``pooled`` or ``downsampled``
     params     what differs from SelectionParams()
     query      text that guides the selection: question or prompt
     positions  position ids of kept tokens: renumber or keep
@@ -29,8 +25,8 @@ class Variant:
     name: str
     method: str
     params: dict[str, Any] = field(default_factory=dict)
-    query: str = "question"
-    positions: str = "renumber"
+    query: Literal["question", "prompt"] = "question"
+    positions: Literal["renumber", "keep"] = "renumber"
 
     def tokens(self, budget: int) -> int:
         """How many tokens the language model gets: resolutions come in squares only."""
@@ -42,7 +38,7 @@ class Variant:
 EVERYTHING = Variant(ALL_TOKENS, ALL_TOKENS)
 METHODS = (
     Variant(REFERENCE, "flashvlm"),
-    Variant(OFFERED, OFFERED),
+    Variant("flashvlm-contrast", "flashvlm-contrast"),
     Variant("flashvlm-published", "flashvlm-published", query="prompt"),
     Variant("vispruner", "vispruner"),
     Variant("cdpruner", "cdpruner"),
@@ -65,26 +61,14 @@ GRIDS: dict[str, tuple[Any, ...]] = {
     "partition_space": ("features", "projected"),
     "query": ("question", "prompt"),
     "positions": ("renumber", "keep"),
-    "rest": ("lloyd", "bipartite"),
-    "start": ("even", "random", "scored", "farthest"),
 }
-OTHER_DEFAULTS = {"query": "question", "positions": "renumber", "rest": "lloyd", "start": "even"}
-
-# One part of flashvlm replaced at a time; combinations come by name, such as idf+merge:temperature=0.002:eta=0.75
-EXPERIMENTS = (
-    *(f"{relevance}+lloyd" for relevance in RELEVANCE if relevance not in ("pooled", "peak")),
-    *(f"pooled+{rest}" for rest in REST if rest in ("merge", "merge-all", "spread", "coverage", "quota")),
-    *(f"peak+{rest}" for rest in REST if rest in ("lloyd-farthest", "spread", "coverage", "dpp")),
-)
 
 
 def defaults() -> dict[str, Any]:
     """The default of every parameter of GRIDS."""
-    from dataclasses import asdict
+    from flashvlm_export.selection import SelectionParams
 
-    from flashvlm_export.selection.flashvlm import SelectionParams
-
-    return {**asdict(SelectionParams()), **OTHER_DEFAULTS}
+    return {**asdict(SelectionParams()), **{scope: getattr(EVERYTHING, scope) for scope in SCOPES}}
 
 
 def ablation(parameter: str, value: Any) -> Variant:
@@ -94,8 +78,6 @@ def ablation(parameter: str, value: Any) -> Variant:
         return METHODS[0]
     if parameter in SCOPES:
         return Variant(name, "flashvlm", **{parameter: value})
-    if parameter in ("rest", "start"):
-        return Variant(name, f"pooled+{value}" if parameter == "rest" else f"pooled+lloyd-{value}")
     return Variant(name, "flashvlm", {parameter: value})
 
 
@@ -109,7 +91,8 @@ def _ablations() -> list[Variant]:
 
 
 def parse(text: str) -> list[Variant]:
-    """``methods``, ``ablations``, ``experimental``, ``all``, or names: flashvlm, eta=0.25, idf+merge:eta=0.75.
+    """Groups and names between commas, each once: methods, ablations, all, or names such as flashvlm, eta=0.25,
+    flashvlm:eta=0.75:query=prompt.
 
     Raises:
         ValueError: a name nothing is known by.
@@ -122,9 +105,7 @@ def parse(text: str) -> list[Variant]:
 
 def _group(name: str) -> list[Variant]:
     grid = [variant for variant in _ablations() if variant not in METHODS]
-    experiments = [_named(experiment) for experiment in EXPERIMENTS]
-    groups = {"methods": list(METHODS), "ablations": grid, "experimental": experiments}
-    groups["all"] = [variant for group in groups.values() for variant in group]
+    groups = {"methods": list(METHODS), "ablations": grid, "all": [*METHODS, *grid]}
     return groups.get(name) or [
         next((v for v in (EVERYTHING, *METHODS, *grid) if v.name == name), None) or _named(name)
     ]
@@ -132,19 +113,18 @@ def _group(name: str) -> list[Variant]:
 
 def _named(text: str) -> Variant:
     """A method and, each after a colon, parameters."""
-    from flashvlm_export.selection.flashvlm import METHODS as EXPORTED
+    from flashvlm_export.selection import METHODS as EXPORTED
 
     method, *given = text.split(":")
-    relevance, _, rest = method.partition("+")
-    if method not in EXPORTED and (relevance not in RELEVANCE or rest not in REST):
-        raise ValueError(
-            f"unknown variant {text!r}; expected methods, ablations, experimental, all, one of "
-            f"{', '.join(v.name for v in METHODS)}, or RELEVANCE+REST of {', '.join(RELEVANCE)} and {', '.join(REST)}"
-        )
-    known, params, scopes = defaults(), {}, {}
+    if method not in EXPORTED:
+        names = ", ".join(v.name for v in METHODS)
+        raise ValueError(f"unknown variant {text!r}; expected methods, ablations, all, or one of {names}")
+    known = defaults()
+    params: dict[str, Any] = {}
+    scopes: dict[str, Any] = {}
     for pair in given:
         name, _, value = pair.partition("=")
-        if name not in known or name in ("rest", "start"):
+        if name not in known:
             raise ValueError(f"unknown parameter {name!r} in {text!r}; expected one of {', '.join(known)}")
         try:
             (scopes if name in SCOPES else params)[name] = type(known[name])(value)

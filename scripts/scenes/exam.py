@@ -33,3 +33,10 @@ def exam(count: int, split: str = "test") -> list[Item]:
         items += [Item(scene, ask(scene, rng, kind)) for kind in KINDS]
         number += 1
     return items[:count]
+
+
+def conversations(count: int, turns: int, split: str = "test") -> list[list[Item]]:
+    """One about each scene of ``exam(count, split)``, with its questions; every turn has as many of each kind."""
+    items = exam(count, split)
+    scenes = [items[i : i + ASKED] for i in range(0, count - count % ASKED, ASKED)]
+    return [[scene[(number + turn) % ASKED] for turn in range(turns)] for number, scene in enumerate(scenes)]

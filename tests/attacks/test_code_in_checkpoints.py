@@ -56,7 +56,8 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+# Each starts a process that imports torch: one of them in the fast tier.
+@pytest.mark.parametrize("place", ["processor", *(pytest.param(p, marks=pytest.mark.slow) for p in [*PLACES][1:])])
 def test_code_that_would_be_used_is_refused(place: str, checkpoint: Path, tmp_path: Path) -> None:
     name, change, key = PLACES[place]
 

@@ -196,6 +196,7 @@ def test_every_beginning_of_a_file() -> None:
     assert len(passed) < 5
 
 
+@pytest.mark.graph
 def test_no_damage_is_met_by_another_exception(tiny_bundle: Path) -> None:
     content = (tiny_bundle / "select-k4.onnx").read_bytes()
     rng = random.Random(0)

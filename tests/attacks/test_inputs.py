@@ -80,6 +80,7 @@ def test_files_have_an_end(tmp_path: Path) -> None:
     assert read_bytes("/proc/self/comm", 100)
 
 
+@pytest.mark.commands
 @pytest.mark.parametrize("name", ["bundle.json", "processor/tokenizer.json", "vision.onnx", "embed_tokens.safetensors"])
 def test_odd_files_in_a_bundle(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = copy_of(tiny_bundle, tmp_path)
@@ -88,6 +89,7 @@ def test_odd_files_in_a_bundle(name: str, tiny_bundle: Path, tmp_path: Path) -> 
     assert_refused(run(cli.main, bundle, *QUESTION), Path(name).name)
 
 
+@pytest.mark.commands
 def test_odd_files_among_engines(tiny_gqa_half_bundle: Path, tmp_path: Path) -> None:
     bundle = copy_of(tiny_gqa_half_bundle, tmp_path)
     folder = bundle / "engines" / "tensorrt-10.3.0-sm89"

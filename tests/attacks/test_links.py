@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flashvlm import FlashVLMError, Pipeline
 from flashvlm.bundle import Bundle
@@ -28,7 +29,9 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def ask(folder: Path) -> Ran:
-    return run(cli.main, folder, *QUESTION)
+    picture = folder.parent / "asked.png"
+    Image.new("RGB", (30, 30)).save(picture)
+    return run(cli.main, folder, *QUESTION, "--image", picture)
 
 
 def hub_snapshot(bundle: Path, cache: Path, inside: str = "") -> Path:

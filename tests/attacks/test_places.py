@@ -61,7 +61,7 @@ def test_graphs_of_other_names(name: str, bundle: Path) -> None:
     """Each becomes the name of an engine."""
     edit(bundle, lambda m: m["graphs"].update({name: m["graphs"]["vision"]}))
     for ran in (compile_bundle(bundle), run(cli.main, bundle, *QUESTION)):
-        assert_refused(ran, "is not a graph: vision, decoder, select-k64")
+        assert_refused(ran, "is not a graph: vision, vision-448x672, decoder, select-k64")
     assert not (bundle / "engines").exists()
 
 

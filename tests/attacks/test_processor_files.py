@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from flashvlm.errors import BundleError, PromptError
 from flashvlm.text.processor import MAX_CHARACTERS, MAX_PARTS, TextProcessor
 
+IMAGE = {"image": "<image>"}
+
 CHAT = (
     "{% for m in messages %}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}"
     "{% endfor %}"
@@ -32,8 +34,8 @@ def ask(text: str) -> list[dict[str, Any]]:
 
 
 def test_files_from_anywhere() -> None:
-    prompt = processor(266).encode(ask("ab a"), "<image>")
-    assert prompt.image_positions.tolist() == [1]
+    prompt = processor(266).encode(ask("ab a"), IMAGE)
+    assert prompt.text_mask.tolist() == [False, False, True, True, True]  # BOS, the image, the question
     with pytest.raises(BundleError, match=r"place/tokenizer.json: .* beyond the table of 100 rows"):
         processor(100)
     with pytest.raises(BundleError, match=r"place/chat_template.jinja: expected UTF-8"):
@@ -67,13 +69,13 @@ def test_hostile_configurations(config: bytes, words: str) -> None:
 def test_tokens_without_rows_are_not_encoded() -> None:
     beyond = put(llama(), "post_processor.special_tokens.<s>.ids", [9_999_999])
     with pytest.raises(PromptError, match="expected tokens of the table of 300 rows, found id 9999999"):
-        processor(300, tokenizer__json=json.dumps(beyond).encode()).encode(ask("a"), "<image>")
+        processor(300, tokenizer__json=json.dumps(beyond).encode()).encode(ask("a"), IMAGE)
 
 
 @pytest.mark.parametrize("image", [-1, 2**32, 2**70, 10**6, "<video>", ""])
 def test_no_such_placeholder(image: int | str) -> None:
     with pytest.raises(PromptError, match="image placeholder: expected a token of the vocabulary"):
-        processor().encode(ask("a"), image)
+        processor().encode(ask("a"), {"image": image})
 
 
 class Panic(BaseException):
@@ -99,7 +101,7 @@ def test_panics_that_remain(error: type[BaseException]) -> None:
     text = processor()
     text.tokenizer = Failing(text.tokenizer, error)
     with pytest.raises(PromptError, match=r"the tokenizer fails: .*index out of bounds; export the bundle again"):
-        text.encode(ask("a"), "<image>")
+        text.encode(ask("a"), IMAGE)
     with pytest.raises(PromptError, match=r"the tokenizer fails: .*index out of bounds"):
         text.decode([1, 2])
 
@@ -122,21 +124,21 @@ def test_negative_ids_are_not_decoded() -> None:
 def test_long_messages() -> None:
     text = processor()
     with pytest.raises(PromptError, match=f"messages: expected at most {MAX_CHARACTERS:,} characters, found 400,005"):
-        text.encode(ask("a" * (MAX_CHARACTERS + 1)), "<image>")
+        text.encode(ask("a" * (MAX_CHARACTERS + 1)), IMAGE)
     with pytest.raises(PromptError, match="messages: expected at most"):
         text.render([{"role": "a" * (MAX_CHARACTERS + 1), "content": "x"}])
     with pytest.raises(PromptError, match=f"messages: expected at most {MAX_PARTS} with their parts, found 1002"):
         text.render(ask("a") * 334)
     wordy = processor(chat_template__jinja=("{{ 'x' * 400000 }}" + CHAT).encode())
     with pytest.raises(PromptError, match="prompt: expected at most 400,000 characters, found 400,008"):
-        wordy.encode(ask("a"), "<image>")
+        wordy.encode(ask("a"), IMAGE)
 
 
 def test_as_long_as_messages_may_be() -> None:
-    prompt = processor().encode(ask("ab " * (MAX_CHARACTERS // 3 - 5)), "<image>")
+    prompt = processor().encode(ask("ab " * (MAX_CHARACTERS // 3 - 5)), IMAGE)
     assert prompt.question_mask.sum() > MAX_CHARACTERS // 3
 
 
 def test_marks_for_private_use() -> None:
-    prompt = processor().encode(ask("\ue000" * 20_000 + "a"), "<image>")
+    prompt = processor().encode(ask("\ue000" * 20_000 + "a"), IMAGE)
     assert prompt.question_mask.sum() == 3 * 20_000 + 2  # with the space in front

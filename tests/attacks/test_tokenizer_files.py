@@ -17,6 +17,7 @@ from flashvlm.text.processor import TextProcessor
 from flashvlm.text.split_pattern import check_pattern
 from flashvlm.text.tokenizer_file import load_tokenizer
 
+IMAGE = {"image": "<image>"}
 DEMO = Path(__file__).resolve().parents[2] / "export" / "flashvlm_export" / "demo"
 Change = Callable[[dict[str, Any]], object]
 
@@ -209,6 +210,8 @@ def test_a_panic_of_the_library_itself() -> None:
 import json, sys
 from tokenizers import Tokenizer
 from flashvlm.errors import no_panic
+
+IMAGE = {"image": "<image>"}
 value = json.load(open(sys.argv[1], encoding="utf-8"))
 value["post_processor"]["special_tokens"] = {}
 try:
@@ -233,5 +236,5 @@ def test_prompts_without_end() -> None:
     processor = TextProcessor.from_folder(DEMO)
     for text in ("a " * 300_000, "é" * 500_000):
         with pytest.raises(PromptError, match="400,000"):
-            processor.encode([{"role": "user", "content": text}], "<image>")
-    assert len(processor.encode([{"role": "user", "content": "a " * 20_000}], "<image>").input_ids) > 20_000
+            processor.encode([{"role": "user", "content": text}], IMAGE)
+    assert len(processor.encode([{"role": "user", "content": "a " * 20_000}], IMAGE).input_ids) > 20_000

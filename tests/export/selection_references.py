@@ -1,5 +1,7 @@
 """The selection methods as literal loops: one item at a time, float64 numpy, without padding.
 
+The score and the choice of flashvlm are those of flashvlm_export.testing.references, which the kernels are held to too.
+
 A method is ref_*(item, K) -> (indices chosen by score, all chosen indices), in no particular order.
 """
 
@@ -9,25 +11,24 @@ import math
 
 import numpy as np
 
+from flashvlm_export.selection import SelectionParams
+from flashvlm_export.testing.references import DEFAULTS, choice64, fused64, minmax64, relevance64
+
 
 def cosine(a, b):
     return float(a @ b) / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-300)
 
 
-def minmax(x):
-    return (x - x.min()) / max(x.max() - x.min(), 1e-300)
+PUBLISHED = SelectionParams(temperature=0.01 / 2.5, pool_temperature=0.05)
 
 
-PUBLISHED = {"temperature": 0.01 / 2.5, "pool_temperature": 0.05}
+def ref_relevance(x):
+    """Of the methods of other authors."""
+    return relevance64(x.projected, x.query, PUBLISHED.pool_temperature)
 
 
-def ref_relevance(projected, query, pool_temperature=0.05):
-    out = []
-    for token in projected:
-        sims = [cosine(token, word) for word in query]
-        weights = [math.exp(s / pool_temperature) for s in sims]
-        out.append(sum(w * s for w, s in zip(weights, sims, strict=True)) / sum(weights) if sims else 0.0)
-    return np.array(out)
+def ref_score(x, params=DEFAULTS):
+    return fused64(relevance64(x.projected, x.query, params.pool_temperature), x.saliency, params)
 
 
 def ref_contrast(projected, query):
@@ -37,42 +38,9 @@ def ref_contrast(projected, query):
     return sum(w * column for w, column in zip(weights, words, strict=True)) / sum(weights)
 
 
-def ref_score(projected, query, saliency, eta=0.5, temperature=0.016, pool_temperature=1.0, eps=1e-6):
-    return ref_fuse(ref_relevance(projected, query, pool_temperature), saliency, eta, temperature, eps)
-
-
-def ref_fuse(r, saliency, eta=0.5, temperature=0.016, eps=1e-6):
-    a = minmax(saliency)
-    return np.array(
-        [
-            (1 - eta) * math.log(max(a[i], eps)) + eta * max((r[i] - r.max()) / temperature, math.log(eps))
-            for i in range(len(r))
-        ]
-    )
-
-
 def best(score, count, among=None):
     among = range(len(score)) if among is None else among
     return sorted(among, key=lambda i: (-score[i], i))[:count]
-
-
-def first_largest(values):
-    """Both members of a pair are equally close to their centroid: ties go to the first."""
-    return next(i for i, value in enumerate(values) if value >= max(values) - 1e-5)
-
-
-def ref_kmeans(features, free, clusters, iterations=4):
-    """Spherical k-means in feature space; the members nearest to their centroids."""
-    x = [f / np.linalg.norm(f) for f in features]
-    groups = [[free[(2 * j + 1) * len(free) // (2 * clusters)]] for j in range(clusters)]
-    for _ in range(iterations):
-        centroids = [sum(x[i] for i in group) if group else None for group in groups]
-        groups = [[] for _ in range(clusters)]
-        for i in free:
-            near = [-9.0 if c is None else float(x[i] @ c) / np.linalg.norm(c) for c in centroids]
-            groups[first_largest(near)].append(i)
-    groups = [group for group in groups if group]
-    return [g[first_largest([cosine(x[i], sum(x[j] for j in g)) for i in g])] for g in groups]
 
 
 def ref_bipartite(features, score, free, target):
@@ -86,30 +54,28 @@ def ref_bipartite(features, score, free, target):
 
 
 def ref_flashvlm(x, K):
-    return ref_top_and_representatives(x, ref_score(x.projected, x.query, x.saliency), K)
+    return ref_top_and_representatives(x, ref_score(x), K)
 
 
 def ref_flashvlm_contrast(x, K):
-    return ref_top_and_representatives(x, ref_fuse(ref_contrast(x.projected, x.query), x.saliency), K)
+    return ref_top_and_representatives(x, fused64(ref_contrast(x.projected, x.query), x.saliency), K)
 
 
 def ref_top_and_representatives(x, score, K):
-    top = best(score, K // 2)
-    free = [i for i in range(len(score)) if i not in top]
-    chosen = top + ref_kmeans(x.features, free, K - len(top))
-    return top, chosen + best(score, K - len(chosen), [i for i in free if i not in chosen])
+    choice = choice64(x.features, score, np.ones(len(score), bool), K, K // 2, DEFAULTS.iterations)
+    return choice.kept[choice.is_top], choice.kept
 
 
 def ref_published(x, K):
-    r = ref_relevance(x.projected, x.query)
-    score = ref_score(x.projected, x.query, x.saliency, **PUBLISHED)
+    r = ref_relevance(x)
+    score = ref_score(x, PUBLISHED)
     for i in best(r, math.ceil(len(r) / 200)):
         score[i] += 0.5 * math.log(10)
     return ref_halves(x, score, K)
 
 
 def ref_vispruner(x, K):
-    return ref_halves(x, minmax(x.saliency), K)
+    return ref_halves(x, minmax64(x.saliency), K)
 
 
 def ref_halves(x, score, K):
@@ -130,7 +96,7 @@ def ref_divprune(x, K):
 
 def ref_cdpruner(x, K):
     """Greedy MAP by the determinants themselves."""
-    q = minmax(ref_relevance(x.projected, x.query))
+    q = minmax64(ref_relevance(x))
     tokens = range(len(q))
     kernel = np.array([[q[i] * cosine(x.projected[i], x.projected[j]) * q[j] for j in tokens] for i in tokens])
     chosen: list[int] = []
@@ -149,7 +115,7 @@ def ref_visionzip(x, K):
 
 
 def ref_trim(x, K):
-    order = best(ref_relevance(x.projected, x.query), K)
+    order = best(ref_relevance(x), K)
     return order[: K - 1], order
 
 

@@ -149,6 +149,7 @@ CONFIGS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "not UTF-8": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), ("cannot be read",)),
     "nested without end": (text("config.json", "[" * 100_000), ("cannot be read", "nested over 64 deep")),
     "another family": (config(model_type="qwen2_vl"), ("'qwen2_vl' is not supported", "supported families: llava")),
+    "a relative": (config(model_type="vipllava"), ("'vipllava' is not supported (it joins the features of several",)),
     "no family": (config(model_type=...), ("model_type None", "supported families: llava")),
     "no name of a family": (config(model_type=[]), ("model_type []", "supported families: llava")),
     "another language model": (config(text_config__model_type="qwen2"), ("text_config.model_type is 'qwen2'", "llama")),

@@ -9,15 +9,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
 
-from flashvlm.engines import read_manifest
+from flashvlm.engines import BuildFlags, read_manifest
 from flashvlm.errors import FlashVLMError
+from flashvlm.extras import install
 from flashvlm.files import sha256
 from flashvlm_export.cli.compile import main
+from flashvlm_export.compile import builder
 from flashvlm_export.compile.engines import CompileOptions, compile_bundle
 from flashvlm_export.exporter import ExportOptions, export
 from refusals import assert_refused, run
@@ -107,6 +110,7 @@ def test_compiling_never_imports_torch(half: Path) -> None:
 import sys
 sys.argv = ["flashvlm-compile", {str(half)!r}, *{RTX!r}]
 from flashvlm_export.cli.compile import main
+from flashvlm_export.compile import builder
 try:
     main()
 except SystemExit as stop:
@@ -139,7 +143,7 @@ def test_options_are_refused(half: Path, flags: tuple[str, ...], expected: str) 
 
 def test_a_missing_compiler_is_refused_with_its_install_line(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert_refused(run(main, half), "pip install 'flashvlm[tensorrt]'")
+    assert_refused(run(main, half), install("tensorrt"))
 
 
 def test_float32_attention_is_refused_before_the_build(tiny_gqa_bundle: Path) -> None:
@@ -170,6 +174,94 @@ def test_engines_do_not_outgrow_their_weights(half: Path) -> None:
     """At these sizes kernels outweigh weights; the real ratio is in the slow tier."""
     report = built(half, max_batch=2)
     assert report.manifest.engines["decoder"].size > os.path.getsize(half / "decoder.data")
+
+
+# --- by way of Polygraphy ------------------------------------------------------------------------------------------
+
+
+def as_tensorrt(monkeypatch: pytest.MonkeyPatch, without: str = "") -> Any:
+    """``tensorrt``, which is not to be had here: TensorRT-RTX under its name, with a GPU to build for.
+
+    without: a builder flag that this version does not know.
+    """
+    import tensorrt_rtx
+
+    class Builder(tensorrt_rtx.Builder):
+        def create_builder_config(self) -> Any:
+            config = super().create_builder_config()
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(tensorrt_rtx.ComputeCapability.SM89, 0)
+            return config
+
+    trt = ModuleType("tensorrt")
+    vars(trt).update({name: value for name, value in vars(tensorrt_rtx).items() if not name.startswith("__")})
+    flags = {name: flag for name, flag in tensorrt_rtx.BuilderFlag.__members__.items() if name != without}
+    vars(trt).update(__version__="11.4.0", Builder=Builder, BuilderFlag=SimpleNamespace(**flags))
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr("flashvlm_export.compile.engines.local_capability", lambda: "8.9")
+    return trt
+
+
+def configured(trt: Any, **flags: Any) -> tuple[Any, set[str]]:
+    """The configuration of a small network, and the names of its flags."""
+    given = {"compute_capabilities": ("8.6", "8.9"), "max_seq": 128, "max_batch": 2, "max_query": 64} | flags
+    made = trt.Builder(builder.logger(trt))
+    network = made.create_network(0)
+    shapes = {}
+    for name, (size, typical, largest) in {"a": (1, 2, 4), "b.0": (3, 3, 3)}.items():
+        network.add_input(name, trt.float32, (-1, size))
+        shapes[name] = [(batch, size) for batch in (1, typical, largest)]
+    monitor = builder._monitor(trt, "decoder", lambda *_: lambda _: None)
+    config = builder._config(trt, made, network, shapes, BuildFlags(**given), monitor)
+    assert config.num_optimization_profiles == 1
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+    assert config.progress_monitor is not None
+    names = {name: getattr(trt.BuilderFlag, name, None) for name in vars(trt.BuilderFlag)}
+    return config, {name for name, flag in names.items() if name.isupper() and config.get_flag(flag)}
+
+
+def test_options_become_flags_of_tensorrt_rtx() -> None:
+    import tensorrt_rtx as trt
+
+    config, plain = configured(trt)
+    assert plain == {"REQUIRE_USER_ALLOCATION"}  # and no TF32, which is on by default
+    targets = [config.get_compute_capability(i) for i in range(config.num_compute_capabilities)]
+    assert targets == [trt.ComputeCapability.SM86, trt.ComputeCapability.SM89]
+    config, flags = configured(trt, strip_weights=True, weight_streaming=True, workspace=1 << 20)
+    assert flags == {"STRIP_PLAN", "REFIT_IDENTICAL", "WEIGHT_STREAMING"}  # streaming allocates while it runs
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 20
+    assert [configured(trt, optimization_level=n)[0].builder_optimization_level for n in (0, 5)] == [0, 5]
+
+
+def test_options_become_flags_of_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = as_tensorrt(monkeypatch)
+    plain = configured(trt)[1]
+    assert configured(trt, version_compatible=True)[1] - plain == {"VERSION_COMPATIBLE"}
+
+
+def test_one_process_builds_for_both(legacy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_tensorrt(monkeypatch)
+    reports = [built(legacy, target="tensorrt", compute_capabilities=()), built(legacy, weight_streaming=True)]
+    assert [report.manifest.target for report in reports] == ["tensorrt", "tensorrt-rtx"]
+    assert len({report.folder for report in reports}) == 2
+    assert all(report.reused == () for report in reports)
+
+
+def test_an_option_that_this_version_lacks_is_refused(
+    half: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    as_tensorrt(monkeypatch, without="WEIGHT_STREAMING")
+    expected = r"weight_streaming .* not available on TensorRT version 11.4.0; leave that option out"
+    with pytest.raises(FlashVLMError, match=expected):
+        built(half, target="tensorrt", compute_capabilities=(), weight_streaming=True)
+    assert "".join(capfd.readouterr()) == ""  # Polygraphy prints what it raises
+    assert not (half / "engines").exists()
+
+
+def test_without_polygraphy_the_refusal_says_how_to_get_it(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    assert_refused(run(main, half, *RTX), "pip install polygraphy")
+    assert not (half / "engines").exists()
 
 
 @pytest.mark.slow

@@ -16,11 +16,10 @@ pytest.importorskip("onnxruntime")
 from PIL import Image  # noqa: E402
 
 from flashvlm import Pipeline  # noqa: E402
-from flashvlm.bundle import Bundle  # noqa: E402
+from flashvlm.evaluation import EvalRun  # noqa: E402
 from flashvlm_export.checkpoint import SHIPPED, open_checkpoint  # noqa: E402
 from flashvlm_export.exporter import ExportOptions, export  # noqa: E402
-from quality.harness import Exam  # noqa: E402
-from quality.variants import EVERYTHING, METHODS  # noqa: E402
+from quality.task import Asked, exam_task  # noqa: E402
 from scenes.draw import draw  # noqa: E402
 from scenes.exam import Item, exam  # noqa: E402
 
@@ -41,20 +40,20 @@ def stated_accuracy() -> float:
     return float(found[1]) / 100
 
 
+@pytest.mark.slow
 def test_accuracy_is_what_the_card_states(bundle: Path) -> None:
     """A sample of the test split, through the exported graphs, within its binomial 95 % interval."""
-    given = Exam(Bundle(bundle), exam(SAMPLE)).sit(EVERYTHING, None)
-    right = sum(answer.right for answer in given) / SAMPLE
+    found = EvalRun(Pipeline.from_bundle(bundle), exam_task(exam(SAMPLE), "test")).predict(["all"])
+    right = sum(prediction.right for prediction in found["all"]) / SAMPLE
     stated = stated_accuracy()
     assert abs(right - stated) <= 1.96 * math.sqrt(stated * (1 - stated) / SAMPLE), right
 
 
 def test_budget_64_keeps_what_is_asked_for(bundle: Path) -> None:
     """Far more of the asked-for things' patches than the ninth that chance keeps."""
-    (flashvlm,) = (variant for variant in METHODS if variant.name == "flashvlm")
-    folder = Bundle(bundle)
-    given = Exam(folder, exam(70)).sit(flashvlm, folder.file(folder.graph("select-k64").file))
-    shares = [answer.kept for answer in given if answer.kept is not None]
+    asked = exam(70)
+    found = EvalRun(Pipeline.from_bundle(bundle), exam_task(asked, "test"), keep_indices=True).predict([64])
+    shares = [share for share in Asked(asked, 24).kept_shares(found[64]) if share is not None]
     assert np.mean(shares) > 3 * 64 / 576
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,9 +22,10 @@ from refusals import assert_refused, copy_of, run
 pytest.importorskip("torch")
 
 from flashvlm.bundle import Bundle
+from flashvlm.extras import install
 from flashvlm.files import atomic_folder
 from flashvlm_export import exporter, output
-from flashvlm_export.cli.export import main, parse_budgets
+from flashvlm_export.cli.export import main
 from flashvlm_export.weights import stream as weights
 
 
@@ -107,6 +109,9 @@ FLAGS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--top-ratio", "-1"], ("top_ratio", "0 to 1", "-1.0")),
     (["--iterations", "-1"], ("iterations", "0 to 100", "-1")),
     (["--seed", "-1"], ("seed", "-1")),
+    (["--seed", "1"], ("--seed is not a parameter of flashvlm, which reads --eta, --temperature", "leave it out")),
+    (["--method", "trim", "--eta", "0.3"], ("--eta is not a parameter of trim, which reads none", "leave it out")),
+    (["--method", "random", "--top-ratio", "1"], ("--top-ratio is not a parameter of random, which reads --seed;",)),
     (["--max-seq", "0"], ("--max-seq 0", "expected 2 to 4096")),
     (["--max-seq", "-1"], ("--max-seq -1", "expected 2 to 4096")),
     (["--max-seq", "5000"], ("--max-seq 5000", "expected 2 to 4096", "max_position_embeddings")),
@@ -139,11 +144,6 @@ def test_missing_flag(missing: str) -> None:
     flags = {"--model": "m", "--out": "o"}
     del flags[missing]
     assert_refused(run(main, *next(iter(flags.items()))), missing, "flashvlm-export --help")
-
-
-def test_budgets_named_twice_are_one() -> None:
-    assert parse_budgets("8, 4,8,all") == (4, 8)
-    assert parse_budgets("all") == ()
 
 
 # --- where to write ---
@@ -201,9 +201,9 @@ def test_force_replaces_a_bundle_and_its_engines(tiny_bundle: Path, tiny_checkpo
     }
     (engines / "engine.json").write_text(json.dumps(manifest))
     (engines / "vision.engine").touch()
-    ran = run(main, "--model", tiny_checkpoint, "--budget", "4", "--out", out, "--force")
+    ran = run(main, "--model", tiny_checkpoint, "--budget", "7, 4,7,all", "--out", out, "--force")
     assert ran.code == 0, ran
-    assert Bundle(out).manifest.selection.budgets == (4,)
+    assert Bundle(out).manifest.selection.budgets == (7, 4)  # each once; the first is the default
     assert not (out / "engines").exists()
     assert os.listdir(place) == ["out"]
 
@@ -383,7 +383,8 @@ def test_ctrl_c_while_starting(place: Path) -> None:
 
 @pytest.mark.parametrize("package", ["torch", "onnx_ir"])
 def test_not_installed(package: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "flashvlm_export.exporter")
+    for name in [name for name in sys.modules if re.match(r"flashvlm_export\.(?!cli)", name)]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     ran = run(main, "--model", "llava-1.5-7b", "--out", place / "out")
-    assert_refused(ran, f"{package} is not installed", "pip install", "'flashvlm[export]'")
+    assert_refused(ran, f"{package} is not installed", install("export"))

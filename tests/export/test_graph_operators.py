@@ -12,20 +12,16 @@ from transformers.activations import ACT2FN
 from flashvlm.bundle import Bundle
 from flashvlm.graph_check import DOMAIN, FUNCTIONS, OPERATORS, OPSETS, check_graph
 from flashvlm.graph_io import DialectName, select_io
-from flashvlm.manifest import ModelSpec
 from flashvlm_export.compile import plugin_nodes
 from flashvlm_export.graph import modules as graphs
 from flashvlm_export.graph.dialects import DIALECTS, LEGACY_OPERATORS
 from flashvlm_export.graph.trace import fake_weights, trace
-from flashvlm_export.selection import baselines
-from flashvlm_export.selection.flashvlm import METHODS, SelectionParams
+from flashvlm_export.selection import METHODS, SelectionParams, vispruner
+from flashvlm_export.testing.graphs import selection_specs
 
 # Enough tokens that tables of N x N are not folded into constants, as in a real model.
-SPEC = ModelSpec(
-    name="x", family="llava", dtype="float32", num_image_tokens=600, image_grid=(20, 30), hidden_size=4, num_layers=1,
-    num_key_value_heads=1, head_dim=1, vocab_size=1, max_seq=2, image_token_id=0, eos_token_ids=(),
-)  # fmt: skip
-BUDGET, WIDTH = 2, 3
+SPECS = selection_specs(tokens=600, hidden=4, features=3)
+BUDGET = 2
 
 
 class EveryMethod(nn.Module):
@@ -33,8 +29,9 @@ class EveryMethod(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        params = SelectionParams(iterations=1)
-        self.methods = nn.ModuleDict({method: graphs.Select(method, BUDGET, params) for method in METHODS})
+        short, plain = SelectionParams(iterations=1), SelectionParams()
+        params = {name: short if "iterations" in method.params else plain for name, method in METHODS.items()}
+        self.methods = nn.ModuleDict({name: graphs.Select(name, BUDGET, params[name]) for name in METHODS})
 
     def forward(
         self,
@@ -51,18 +48,18 @@ class EveryMethod(nn.Module):
 
 def every_method() -> graphs.Graph:
     outputs = []
-    for method in METHODS:
-        budget = SPEC.num_image_tokens if method == "none" else BUDGET
-        for spec in select_io(SPEC, budget, WIDTH).outputs:
+    for method in METHODS.values():
+        budget = SPECS[1].candidates if method.keeps_all else BUDGET
+        for spec in select_io(*SPECS, budget).outputs:
             outputs.append(spec.model_copy(update={"name": f"{spec.name}.{len(outputs)}"}))
-    inputs = select_io(SPEC, BUDGET, WIDTH).inputs
+    inputs = select_io(*SPECS, BUDGET).inputs
     return graphs.Graph("select", EveryMethod(), inputs, tuple(outputs))
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", ["modern", pytest.param("legacy", marks=pytest.mark.slow)])
 def test_every_method(name: DialectName, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where this fails, the message names an operator: add it to the list, if no graph can do harm with it."""
-    monkeypatch.setattr(baselines, "deduplication_steps", lambda count, target: 1)  # of 75 that are alike
+    monkeypatch.setattr(vispruner, "deduplication_steps", lambda count, target: 1)  # of 75 that are alike
     # All methods, also those that the legacy dialect refuses when they are exported: it may get their operators.
     dialect = dataclasses.replace(DIALECTS[name], operators=None)
     graph = every_method()
@@ -102,7 +99,7 @@ class EveryActivation(nn.Module):
 
 def test_every_activation() -> None:
     module = EveryActivation()
-    (pixels,) = select_io(SPEC, BUDGET, WIDTH).inputs[:1]
+    (pixels,) = select_io(*SPECS, BUDGET).inputs[:1]
     outputs = tuple(pixels.model_copy(update={"name": f"scores.{i}"}) for i in range(len(module.functions)))
     with fake_weights(module) as mode:
         traced = trace(graphs.Graph("vision", module, (pixels,), outputs), mode, DIALECTS["modern"])

@@ -54,7 +54,7 @@ def test_the_trtexec_lines_are_printed_before_there_are_engines(
     (tmp_path / "llava").symlink_to(tiny_gqa_legacy_bundle)
     monkeypatch.chdir(tmp_path)
     given = [word.replace("64,128", "5") for word in words[1:]]
-    for plugins in ([], ["--plugin", __file__]):
+    for plugins in ([], ["--plugins", __file__]):
         ran = run(MAINS[words[0]], *given, *plugins)
         assert ran.code == 0, ran.stderr
         for name in ("vision", "select-k5", "decoder-prompt-k5", "decoder-token-all"):

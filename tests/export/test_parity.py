@@ -12,7 +12,9 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from flashvlm import Pipeline
-from flashvlm_export.selection.flashvlm import select
+from flashvlm.images import load_image
+from flashvlm.preprocess import tile
+from flashvlm_export.selection import select
 
 TOLERANCE = 2e-4  # absolute, on logits (DESIGN section 6)
 STEPS = 16
@@ -31,7 +33,7 @@ class Recorded:
 
         def recording(*arrays: Any) -> np.ndarray:
             self.logits.append(decode(*arrays).copy())
-            self.chunks.append({"embeds": arrays[0].copy(), "positions": arrays[1].copy()})
+            self.chunks.append({"embeds": arrays[0]["inputs_embeds"].copy(), "positions": arrays[1].copy()})
             return self.logits[-1]
 
         self.pipeline._session.decode = recording  # type: ignore[method-assign]
@@ -40,6 +42,11 @@ class Recorded:
         self.logits.clear()
         self.chunks.clear()
         return self.pipeline.generate(image, prompt, **options)
+
+    def chat(self, messages: Any, **options: Any) -> Any:
+        self.logits.clear()
+        self.chunks.clear()
+        return self.pipeline.chat(messages, **options)
 
 
 class Reference:
@@ -52,8 +59,11 @@ class Reference:
 
     def inputs(self, image: Any, prompt: str) -> Any:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self.processor(images=image, text=text, return_tensors="pt")
+        return self.chat([{"role": "user", "content": content}], image)
+
+    def chat(self, messages: Any, images: Any) -> Any:
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        return self.processor(images=images, text=text, return_tensors="pt")
 
     @torch.no_grad()
     def greedy(self, steps: int, **inputs: Any) -> tuple[list[int], np.ndarray]:
@@ -96,6 +106,68 @@ def test_text_alone_equals_transformers(pair: tuple[Recorded, Reference]) -> Non
     text = reference.processor.apply_chat_template(messages, add_generation_prompt=True)
     _, logits = reference.greedy(STEPS, **reference.processor(text=text, return_tensors="pt"))
     assert np.abs(np.concatenate(recorded.logits) - logits).max() <= TOLERANCE
+
+
+def several(images: list[np.ndarray]) -> tuple[Any, Any]:
+    """A conversation with text before, between and behind images, as ours and as transformers' processor takes it."""
+
+    def part(image: np.ndarray | None) -> dict[str, Any]:
+        return {"type": "image"} if image is None else {"type": "image", "image": image}
+
+    def messages(first: Any, second: Any, third: Any) -> Any:
+        return [
+            {"role": "user", "content": [{"type": "text", "text": "Look:"}, part(first), part(second)]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Two pictures."}]},
+            {"role": "user", "content": [part(third), {"type": "text", "text": "Which of them is darker?"}]},
+        ]
+
+    return messages(*images), messages(None, None, None)
+
+
+def test_several_images_in_one_prompt_equal_transformers(pair: tuple[Recorded, Reference]) -> None:
+    recorded, reference = pair
+    images = [picture(size, seed) for seed, size in enumerate(SIZES)]
+    ours, theirs = several(images)
+    answer = recorded.chat(ours, budget="all", max_new_tokens=STEPS + 1)
+    inputs = reference.chat(theirs, images)
+    tokens, logits = reference.greedy(STEPS, **inputs)
+    assert answer.prompt_tokens == inputs["input_ids"].shape[1]
+    assert answer.image_tokens == 3 * recorded.pipeline.bundle.manifest.candidates
+    assert list(answer.token_ids) == tokens
+    assert np.abs(np.concatenate(recorded.logits) - logits).max() <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_budget_of_several_images_equals_transformers_fed_with_the_same_tokens(
+    pair: tuple[Recorded, Reference],
+) -> None:
+    recorded, reference = pair
+    manifest = recorded.pipeline.bundle.manifest
+    images = [picture(size, seed) for seed, size in enumerate(SIZES)]
+    ours, theirs = several(images)
+    answer = recorded.chat(ours, max_new_tokens=1)
+    inputs = reference.chat(theirs, images)
+    model = reference.model.model
+    projected = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    ids = inputs["input_ids"][0]
+    n = manifest.candidates
+    first = (ids == reference.model.config.image_token_id).nonzero()[:, 0].reshape(3, n)[:, 0].tolist()
+    pieces, positions, done = [], [], 0
+    for at, features, selection in zip(first, projected, answer.selections, strict=True):
+        kept = torch.from_numpy(selection.kept)
+        assert len(kept) == manifest.selection.budgets[0]
+        pieces += [model.get_input_embeddings()(ids[done:at]), features[kept]]
+        positions += [torch.arange(done, at), at + kept]
+        done = at + n
+    pieces.append(model.get_input_embeddings()(ids[done:]))
+    positions.append(torch.arange(done, len(ids)))
+    embeds = torch.cat(pieces)[None]
+    places = torch.cat(positions) if manifest.selection.positions == "keep" else torch.arange(embeds.shape[1])
+    out = model.language_model(
+        inputs_embeds=embeds, position_ids=places[None], attention_mask=torch.ones(embeds.shape[:2])
+    )
+    logits = reference.model.lm_head(out.last_hidden_state[:, -1])
+    assert np.abs(recorded.logits[0] - logits.numpy()).max() <= TOLERANCE
 
 
 @torch.no_grad()
@@ -146,7 +218,7 @@ def test_a_budget_equals_transformers_fed_with_the_same_tokens(
         assert answer.is_top.tolist() == selection.is_top[0].tolist()
         assert answer.image_tokens == budget
         embeds = torch.cat([before, selection.visual_embeds[0], after])[None]
-        p, n = len(before), manifest.model.num_image_tokens
+        p, n = len(before), manifest.candidates
         positions = torch.arange(embeds.shape[1])
         if manifest.selection.positions == "keep":
             positions = torch.cat([torch.arange(p), p + selection.kept[0], p + n + torch.arange(len(after))])
@@ -191,18 +263,16 @@ def test_the_fused_prefill_equals_the_three_graphs(tiny_gqa_bundle: Path) -> Non
     answer = recorded.run(image, PROMPTS[0], max_new_tokens=1)
     seen = recorded.chunks[0]["embeds"][0]  # [T,D]
 
-    from flashvlm.images import load_image, preprocess
-
-    encoded = pipeline._text.encode(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPTS[0]}]}],
-        manifest.model.image_token_id,
+    encoder = pipeline.encoder
+    encoded = encoder.text.encode(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPTS[0]}]}], manifest.placeholders
     )
-    at = int(encoded.image_positions[0])
-    query = pipeline._embedding[encoded.input_ids[encoded.question_mask]][None]
+    at = int(np.flatnonzero(encoded.input_ids == manifest.visual[0].placeholder_id)[0])
+    query = encoder.embedding[encoded.input_ids[encoded.question_mask]][None]
     suffix = seen[at + answer.image_tokens :][None]
     spec = pipeline.bundle.graph("prefill-k5")
     inputs = {
-        "pixel_values": preprocess(load_image(image), manifest.image)[None],
+        "pixel_values": tile(load_image(image), manifest.visual[0].pixels)[0],
         "prefix_embeds": seen[:at][None],
         "suffix_embeds": np.pad(suffix, ((0, 0), (0, 3), (0, 0))),  # right padding must not matter
         "num_tokens": np.array([suffix.shape[1]]),

@@ -91,19 +91,14 @@ def test_the_fused_graph_has_them_too(request: pytest.FixtureRequest) -> None:
 
 
 def test_a_partition_of_projected_tokens_reads_those() -> None:
-    from flashvlm.manifest import ModelSpec
-    from flashvlm_export.graph import modules as graphs
     from flashvlm_export.graph.dialects import DIALECTS
     from flashvlm_export.graph.trace import fake_weights, trace
-    from flashvlm_export.selection.flashvlm import SelectionParams
+    from flashvlm_export.selection import SelectionParams
+    from flashvlm_export.testing.graphs import selection_graph
 
-    spec = ModelSpec(
-        name="x", family="llava", dtype="float32", num_image_tokens=9, image_grid=(1, 9), hidden_size=16, num_layers=1,
-        num_key_value_heads=1, head_dim=1, vocab_size=1, max_seq=2, image_token_id=0, eos_token_ids=(),
-    )  # fmt: skip
-    select = graphs.Select("flashvlm", 5, SelectionParams(partition_space="projected"))
-    with fake_weights(select) as mode:
-        model = trace(graphs.select_graph(select, "select-k5", 5, spec, 8), mode, DIALECTS["legacy"]).model
+    select = selection_graph("flashvlm", 5, SelectionParams(partition_space="projected"), 9, 16, 8)
+    with fake_weights(select.module) as mode:
+        model = trace(select, mode, DIALECTS["legacy"]).model
     (node,) = [node for node in model.graph if node.op_type == LLOYD_OP]
     assert [value.name for value in node.inputs if value] == ["image_tokens", "scores", "valid"]
 
@@ -112,7 +107,7 @@ def test_onnxruntime_runs_the_bodies_and_knows_no_plugin_node(request: pytest.Fi
     onnxruntime = pytest.importorskip("onnxruntime")
     import torch
 
-    from flashvlm_export.selection.flashvlm import select
+    from flashvlm_export.selection import select
 
     model = graph(request, "tiny_gqa")
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
@@ -143,13 +138,10 @@ def test_a_parser_without_the_plugins_refuses_by_name(tiny_gqa_half_bundle: Path
 
     bundle = Bundle(tiny_gqa_half_bundle)
     flags = BuildFlags(compute_capabilities=("8.9",), max_seq=128, max_batch=1, max_query=64)
-    spec = bundle.graph("select-k5")
     with pytest.raises(
         FlashVLMError, match=r"cannot take select-k5.onnx: TextGuidedScore \(.*Plugin not found.*Masked"
     ):
-        build_engine(
-            trt, bundle, "select-k5", spec, flags, None, tmp_path / "x", lambda *_: lambda _: None, to_plugins=True
-        )
+        build_engine(trt, bundle, "select-k5", flags, None, tmp_path / "x", lambda *_: lambda _: None, to_plugins=True)
     assert not (tmp_path / "x").exists()
 
 
@@ -211,7 +203,7 @@ def test_the_library_is_loaded_and_recorded(tiny_gqa_half_bundle: Path, tmp_path
 def test_trtexec_is_given_the_library_of_the_engines(tiny_gqa_half_bundle: Path, tmp_path: Path) -> None:
     from flashvlm.bundle import Bundle
     from flashvlm.engines import Engines, EngineSpec
-    from flashvlm.profiling.trtexec import Job, command
+    from flashvlm.profiling.trtexec import Job, Libraries, command
 
     bundle = Bundle(tiny_gqa_half_bundle)
     flags = BuildFlags(compute_capabilities=("8.7",), max_seq=128, max_batch=1, max_query=64)
@@ -226,9 +218,9 @@ def test_trtexec_is_given_the_library_of_the_engines(tiny_gqa_half_bundle: Path,
     )
     engines = Engines(bundle, tmp_path, manifest, "8.7")
     call = (bundle, Job("vision", "vision", None, "vision", {"batch": 1}), engines, "tensorrt")
-    with pytest.raises(FlashVLMError, match=r"calls libflashvlm_plugins.so; name it with: flashvlm-profile --plugin"):
+    with pytest.raises(FlashVLMError, match=r"calls libflashvlm_plugins.so; name it with: flashvlm-profile --plugins"):
         command(*call, tmp_path, 1)
-    assert "--dynamicPlugins=x.so" in command(*call, tmp_path, 1, plugins=[Path("x.so")])
+    assert "--dynamicPlugins=x.so" in command(*call, tmp_path, 1, libraries=Libraries(dynamic=(Path("x.so"),)))
 
 
 PARSE = """

@@ -1,73 +1,30 @@
-"""Selection: against literal float64 references, on degenerate inputs, index for index on ONNX Runtime."""
+"""Selection: against literal float64 references, and what it refuses."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import math
-from functools import cache
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from selection_references import (
-    PUBLISHED,
-    REFERENCES,
-    cosine,
-    minmax,
-    ref_relevance,
-    ref_score,
-    ref_trim,
-    ref_visionzip,
-)
+from selection_cases import exported, nodes_of, run_onnx, same
+from selection_references import PUBLISHED, REFERENCES, cosine, ref_relevance, ref_score, ref_trim, ref_visionzip
 
 from flashvlm.errors import SelectionError
-from flashvlm.manifest import ModelSpec
 from flashvlm_export.cli import export as cli
-from flashvlm_export.graph import modules as graphs
-from flashvlm_export.graph.dialects import DIALECTS
-from flashvlm_export.graph.trace import fake_weights, trace
-from flashvlm_export.selection.baselines import deduplication_steps, evenly_spaced
-from flashvlm_export.selection.flashvlm import (
-    METHODS,
-    READS,
-    Selection,
+from flashvlm_export.selection import (
     SelectionInputs,
     SelectionParams,
     select,
     text_guided_score,
 )
+from flashvlm_export.selection.uniform import evenly_spaced
+from flashvlm_export.selection.vispruner import deduplication_steps
+from flashvlm_export.testing.references import DEFAULTS, make, minmax64
 
-DEFAULTS = SelectionParams()
 CONSTANTS = (DEFAULTS.eta, DEFAULTS.temperature, DEFAULTS.pool_temperature, DEFAULTS.eps)
-SCATTERED = ("uniform", "random")  # a constant of N, so padding moves it
-
-
-def make(B=1, N=33, D=24, Dv=17, L=5, seed=0, masks=False, dtype=torch.float32) -> SelectionInputs:
-    """Tokens in loose clusters, long-tailed saliency, a question that leans on some of the tokens."""
-    rng = np.random.default_rng(seed)
-    centres = rng.integers(0, 1 + N // 5, (B, N))
-    features = rng.normal(size=(B, N, Dv)) + np.stack([rng.normal(size=(N, Dv))[row] for row in centres])
-    projected = features @ rng.normal(size=(Dv, D)) + rng.normal(size=(B, N, D))
-    query = rng.normal(size=(B, L, D)) * 2 + projected[:, rng.integers(0, N, L)] * 0.3
-    saliency = rng.lognormal(size=(B, N))
-    query_mask, valid = np.ones((B, L), bool), np.ones((B, N), bool)
-    if masks:
-        query_mask, valid = rng.random((B, L)) > 0.3, rng.random((B, N)) > 0.2
-    floats = (torch.from_numpy(x).to(dtype) for x in (projected, features, saliency, query))
-    return SelectionInputs(*floats, torch.from_numpy(query_mask), torch.from_numpy(valid))
-
-
-def row(inputs: SelectionInputs, b: int) -> SelectionInputs:
-    return SelectionInputs(*(x[b : b + 1] for x in inputs))
-
-
-def same(a: Selection, b: Selection) -> bool:
-    return torch.equal(a.kept, b.kept) and torch.equal(a.is_top, b.is_top)
 
 
 def valid_part(inputs: SelectionInputs, b: int) -> tuple[SelectionInputs, np.ndarray]:
@@ -98,17 +55,17 @@ def test_score_matches_its_literal_reference(eta):
     assert got.dtype == torch.float32
     for b in range(6):
         item, index = valid_part(inputs, b)
-        want = ref_score(item.projected, item.query, item.saliency, eta=eta)
+        want = ref_score(item, SelectionParams(eta=eta))
         np.testing.assert_allclose(got[b, index], want, atol=2e-4)
         np.testing.assert_allclose(got[b][~valid[b]], math.log(DEFAULTS.eps), rtol=1e-6)
 
 
 def test_closed_form_has_the_ranks_of_the_published_softmax():
     item, _ = valid_part(make(N=64, D=64, seed=2), 0)
-    r, a = ref_relevance(item.projected, item.query), np.maximum(minmax(item.saliency), 1e-6)
+    r, a = ref_relevance(item), np.maximum(minmax64(item.saliency), 1e-6)
     sharp = (np.exp(r / 0.01) / np.exp(r / 0.01).sum()) ** 2.5
     published = np.sqrt(a) * np.sqrt(np.maximum(sharp / sharp.max(), 1e-6))
-    closed = ref_score(item.projected, item.query, item.saliency, **PUBLISHED)
+    closed = ref_score(item, PUBLISHED)
     assert np.argsort(-published, kind="stable").tolist() == np.argsort(-closed, kind="stable").tolist()
     np.testing.assert_allclose(np.log(published), closed, atol=1e-9)
 
@@ -126,10 +83,10 @@ def test_published_bonus_goes_to_the_most_relevant_half_percent():
     inputs = make(B=3, N=420, D=32, seed=16, masks=True)
     inputs.query_mask[2] = False  # no question, no bonus
     got = select(*inputs, method="flashvlm-published", budget=400)
-    bonus = got.scores - select(*inputs, budget=400, params=dataclasses.replace(DEFAULTS, **PUBLISHED)).scores
+    bonus = got.scores - select(*inputs, budget=400, params=PUBLISHED).scores
     for b in (0, 1):
         item, index = valid_part(inputs, b)
-        order = np.argsort(-ref_relevance(item.projected, item.query))
+        order = np.argsort(-ref_relevance(item))
         want = np.zeros(420)
         want[index[order[: math.ceil(len(index) / 200)]]] = 0.5 * math.log(10)
         np.testing.assert_allclose(bonus[b], want, atol=1e-5)
@@ -196,61 +153,6 @@ def test_none_keeps_everything_whatever_the_budget():
     assert torch.equal(got.visual_embeds, inputs.projected)
 
 
-def degenerate(kind: str, inputs: SelectionInputs) -> SelectionInputs:
-    p, f, s, q, query_mask, valid = inputs
-    changes = {
-        "constant features": {"features": torch.ones_like(f)},
-        "constant saliency": {"saliency": torch.full_like(s, 0.1)},
-        "zero saliency": {"saliency": torch.zeros_like(s)},
-        "identical tokens": {"projected": p[:, :1].expand_as(p), "features": f[:, :1].expand_as(f)},
-        "opposite tokens": {"features": torch.cat([f, -f], 1)[:, : f.shape[1]], "projected": p * 0 - 1},
-        "all zero": {"projected": p * 0, "features": f * 0, "saliency": s * 0, "query": q * 0},
-        "one query token": {"query": q[:, :1], "query_mask": query_mask[:, :1]},
-        "no query": {"query_mask": torch.zeros_like(query_mask)},
-        "empty query": {"query": q[:, :0], "query_mask": query_mask[:, :0]},
-        "one valid": {"valid": torch.arange(s.shape[1])[None] == torch.zeros_like(s[:, :1])},
-        "none valid": {"valid": torch.zeros_like(valid)},
-        "huge": {"projected": p * 1e30, "features": f * 1e9, "saliency": (s - 2) * 1e37},
-        "tiny": {"projected": p * 1e-35, "features": f * 1e-35, "saliency": s * 1e-38},
-        "any": {},
-    }
-    return inputs._replace(**changes[kind])
-
-
-KINDS = (
-    "constant features", "constant saliency", "zero saliency", "identical tokens", "opposite tokens", "all zero",
-    "one query token", "no query", "empty query", "one valid", "none valid", "huge", "tiny", "any",
-)  # fmt: skip
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_exactly_the_budget_comes_back_for_every_input(data):
-    method = data.draw(st.sampled_from([m for m in METHODS if m != "none"]))
-    N = data.draw(st.integers(1, 40))
-    K = data.draw(st.sampled_from([1, N, (N + 1) // 2, max(1, N - 1)]))
-    shape = {"B": 2, "N": N, "D": data.draw(st.integers(1, 9)), "Dv": data.draw(st.integers(1, 9))}
-    inputs = make(**shape, L=3, seed=data.draw(st.integers(0, 99)), masks=data.draw(st.booleans()))
-    inputs = degenerate(data.draw(st.sampled_from(KINDS)), inputs)
-    params = SelectionParams(
-        top_ratio=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
-        eta=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
-        iterations=data.draw(st.sampled_from([0, 1, 4])),
-        partition_space=data.draw(st.sampled_from(["features", "projected"])),
-    )
-    got = select(*inputs, method=method, budget=K, params=params)
-    assert got.kept.shape == got.is_top.shape == (2, K)
-    assert got.kept.dtype == torch.int64
-    assert (got.kept.diff(dim=1) > 0).all()
-    assert got.kept.min() >= 0
-    assert got.kept.max() < N
-    assert got.scores.isfinite().all()
-    assert got.visual_embeds.isfinite().all()
-    used = torch.gather(inputs.valid, 1, got.kept).sum(1)  # nothing invalid while something valid is left
-    assert torch.equal(used, inputs.valid.sum(1).clamp(max=K))
-    assert not (got.is_top & ~torch.gather(inputs.valid, 1, got.kept)).any()
-
-
 def test_all_background_and_all_top():
     inputs = make(B=3, N=40, seed=8)
     top = select(*inputs, budget=10, params=SelectionParams(top_ratio=1.0))
@@ -260,54 +162,6 @@ def test_all_background_and_all_top():
     # 100 * 0.29 is 28.999999999999996 in binary
     share = select(*make(N=120), budget=100, params=SelectionParams(top_ratio=0.29))
     assert share.is_top.sum() == 29
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in (*SCATTERED, "none")])
-def test_padding_changes_nothing(method):
-    inputs = make(B=4, N=45, L=5, seed=9)
-    noise = make(B=4, N=12, L=3, seed=10)
-    padded = SelectionInputs(*(torch.cat(pair, 1) for pair in zip(inputs, noise, strict=True)))
-    padded.query_mask[:, 5:] = False
-    padded.valid[:, 45:] = False
-    a, b = (select(*x, method=method, budget=13) for x in (inputs, padded))
-    assert same(a, b)
-    torch.testing.assert_close(a.scores, b.scores[:, :45], atol=5e-5, rtol=0)
-    torch.testing.assert_close(a.visual_embeds, b.visual_embeds)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_row_alone_is_the_row_in_a_batch(method):
-    inputs = make(B=6, N=41, seed=11, masks=True)
-    together = select(*inputs, method=method, budget=11)
-    for b in range(6):
-        alone = select(*row(inputs, b), method=method, budget=11)
-        assert torch.equal(alone.kept[0], together.kept[b])
-        assert torch.equal(alone.is_top[0], together.is_top[b])
-        torch.testing.assert_close(alone.visual_embeds[0], together.visual_embeds[b])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_half_precision_inputs_are_scored_in_float32(method):
-    exact = make(B=8, N=64, D=48, seed=12)
-    half = make(B=8, N=64, D=48, seed=12, dtype=torch.float16)
-    got = select(*half, method=method, budget=16)
-    assert got.visual_embeds.dtype == torch.float16
-    assert got.scores.dtype == torch.float32
-    widened = SelectionInputs(*(x.float() if x.is_floating_point() else x for x in half))
-    assert same(got, select(*widened, method=method, budget=16))
-    want = select(*exact, method=method, budget=16)
-    agree = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(got.kept.tolist(), want.kept.tolist(), strict=True)])
-    assert agree > (0.7 if method in ("flashvlm-published", "vispruner") else 0.9)  # bipartite is chaotic
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_reads_what_it_declares(method):
-    inputs, other = make(B=4, seed=13), make(B=4, seed=14)
-    want = select(*inputs, method=method, budget=9)
-    for name in ("features", "saliency", "query"):
-        got = select(*inputs._replace(**{name: getattr(other, name)}), method=method, budget=9)
-        changed = not torch.equal(got.kept, want.kept) or not torch.equal(got.visual_embeds, want.visual_embeds)
-        assert changed == (name in READS[method])
 
 
 def test_a_row_without_query_falls_back_on_saliency():
@@ -325,6 +179,8 @@ def test_masks_are_optional():
 
 
 GOOD = make(B=2, N=20, D=8, Dv=6, L=3)
+
+
 NAN = GOOD.saliency.clone()
 NAN[1, 3] = math.nan
 
@@ -379,82 +235,6 @@ def test_refusals_say_what_was_expected(changes, options, message):
 def test_params_refuse_values_out_of_range(field, value, message):
     with pytest.raises(SelectionError, match=message):
         SelectionParams(**{field: value})
-
-
-# Export: the same indices on ONNX Runtime.
-
-GRAPH_NAMES = {"projected": "image_tokens", "query": "query_embeds"}
-
-
-@cache
-def exported(method: str, N: int, D: int, Dv: int, K: int, params: SelectionParams = DEFAULTS):
-    """The selection graph as flashvlm-export writes it: the score as a local function, constants folded."""
-    spec = ModelSpec(
-        name="x", family="llava", dtype="float32", num_image_tokens=N, image_grid=(1, N), hidden_size=D, num_layers=1,
-        num_key_value_heads=1, head_dim=1, vocab_size=1, max_seq=2, image_token_id=0, eos_token_ids=(),
-    )  # fmt: skip
-    module = graphs.Select(method, K, params)
-    with fake_weights(module) as mode:
-        kept = N if method == "none" else K
-        traced = trace(graphs.select_graph(module, "select", kept, spec, Dv), mode, DIALECTS["modern"])
-    return ir.to_proto(traced.model)
-
-
-def nodes_of(model):
-    """Those of the graph and of the functions it calls."""
-    return [*model.graph.node, *(node for function in model.functions for node in function.node)]
-
-
-@cache
-def session(*key):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(exported(*key).SerializeToString(), options)
-
-
-def run_onnx(inputs: SelectionInputs, *key) -> Selection:
-    feed = {GRAPH_NAMES.get(name, name): tensor.numpy() for name, tensor in inputs._asdict().items()}
-    return Selection(*(torch.from_numpy(x) for x in session(*key).run(list(Selection._fields), feed)))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_onnx_keeps_the_same_tokens(method):
-    shape = {"N": 65, "D": 37, "Dv": 29}
-    for seed, L in enumerate((1, 2, 5, 11, 40)):
-        inputs = make(B=50, **shape, L=L, seed=100 + seed, masks=seed > 1)
-        want, got = select(*inputs, method=method, budget=15), run_onnx(inputs, method, *shape.values(), 15)
-        torch.testing.assert_close(got.scores, want.scores, atol=2e-4, rtol=0)
-        if method in ("flashvlm-published", "vispruner"):  # the bipartite half hangs on the last bit
-            for b in range(50):
-                assert torch.equal(got.kept[b][got.is_top[b]], want.kept[b][want.is_top[b]])
-        else:
-            assert same(got, want)
-            torch.testing.assert_close(got.visual_embeds, want.visual_embeds, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["zero saliency", "no query", "all zero", "one valid", "none valid"])
-@pytest.mark.parametrize("method", METHODS)
-def test_onnx_breaks_ties_the_same_way(method, kind):
-    shape = {"N": 65, "D": 37, "Dv": 29}
-    inputs = degenerate(kind, make(B=20, **shape, L=4, seed=7))
-    want, got = select(*inputs, method=method, budget=15), run_onnx(inputs, method, *shape.values(), 15)
-    if method in ("flashvlm-published", "vispruner"):
-        assert torch.equal(got.is_top.sum(1), want.is_top.sum(1))
-    else:
-        assert same(got, want)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_exported_graph_is_one_that_compilers_take(method):
-    model = exported(method, 65, 37, 29, 15)
-    nodes = nodes_of(model)
-    ops = {node.op_type for node in nodes}
-    assert not ops & {"ScatterND", "ScatterElements", "NonZero", "Compress", "Loop", "Scan", "If", "Einsum"}
-    assert not ops & {"RandomUniform", "RandomNormal", "RandomUniformLike", "RandomNormalLike"}
-    names = {GRAPH_NAMES.get(name, name) for name in SelectionInputs._fields}
-    assert {d.name for d in model.graph.input} == names
-    if method == "flashvlm":
-        assert len([node for node in nodes if node.op_type != "Constant"]) < 180
 
 
 @pytest.mark.parametrize("top_ratio", [0.0, 1.0])

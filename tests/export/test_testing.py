@@ -16,7 +16,7 @@ safetensors = pytest.importorskip("safetensors")
 
 from PIL import Image  # noqa: E402
 
-from flashvlm_export.testing import checkpoints  # noqa: E402
+from flashvlm_export.testing import checkpoints, llava  # noqa: E402
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 
@@ -88,7 +88,7 @@ def test_chat_template(tiny_checkpoint: Path) -> None:
     )
     plain = [{**chat[1], "content": "What is it?"}, {**chat[2], "content": "A cat."}]
     tokens = processor.tokenizer.apply_chat_template(
-        plain, chat_template=checkpoints.CHAT_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
+        plain, chat_template=llava.CHAT_TEMPLATE, return_dict=True, return_assistant_tokens_mask=True
     )
     marked = [token for token, own in zip(tokens["input_ids"], tokens["assistant_masks"], strict=True) if own]
     assert processor.tokenizer.decode(marked).strip() == "A cat.</s>"
@@ -143,10 +143,10 @@ def test_every_naming_loads(tmp_path: Path, tiny_checkpoint: Path, naming: str, 
 
 
 def test_transformers5_naming_is_what_transformers_saves(tmp_path: Path) -> None:
-    config = checkpoints.make_config(checkpoints.PRESETS["tiny"], "float32")
+    config = llava.make_config(llava.PRESETS["tiny"], "float32")
     transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     saved = {name: tuple(value.shape) for name, value in tensors(tmp_path).items()}
-    assert saved == {t.name: t.shape for t in checkpoints.list_tensors(config, "transformers5")}
+    assert saved == {t.name: t.shape for t in llava.list_tensors(config, "transformers5")}
 
 
 def test_no_tensor_is_constant(tiny_gqa_checkpoint: Path) -> None:
@@ -156,11 +156,11 @@ def test_no_tensor_is_constant(tiny_gqa_checkpoint: Path) -> None:
 
 
 def test_real_sizes_are_the_real_ones() -> None:
-    preset = checkpoints.PRESETS["llava-1.5-7b"]
+    preset = llava.PRESETS["llava-1.5-7b"]
     assert (preset.image_token_id, preset.pad_token_id, preset.vocab_size) == (32000, 32001, 32064)
-    config = checkpoints.make_config(preset, "float16")
+    config = llava.make_config(preset, "float16")
     assert config.image_seq_length == 576
-    listed = checkpoints.list_tensors(config)
+    listed = llava.list_tensors(config)
     # The published model counts 7.06 B parameters.
     assert sum(t.numel for t in listed) == 7_063_427_072
     assert len(listed) == 686

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
-from flashvlm_export.selection.flashvlm import SelectionInputs, SelectionParams, select, text_guided_score
-from gpu_checks.references import DEFAULTS, score64
+from flashvlm_export.selection import SelectionInputs, SelectionParams, select, text_guided_score
+from flashvlm_export.testing.references import DEFAULTS, score64
 
 
 def torch_score(x: SelectionInputs, params: SelectionParams) -> torch.Tensor:

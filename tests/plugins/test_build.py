@@ -22,10 +22,10 @@ torch = pytest.importorskip("torch", reason="the references are torch code")
 
 from plugin_references import check_score, torch_score  # noqa: E402
 
-from flashvlm_export.selection.flashvlm import SelectionInputs, select  # noqa: E402
+from flashvlm_export.selection import SelectionInputs, select  # noqa: E402
+from flashvlm_export.testing.references import DEFAULTS, make  # noqa: E402
 from gpu_checks.build import ENTRY, PLUGINS  # noqa: E402
 from gpu_checks.kernels import poisoned, unpoisoned  # noqa: E402
-from gpu_checks.references import DEFAULTS, make  # noqa: E402
 
 ROOTS = [root for root in os.environ.get("TENSORRT_ROOT", "").split(os.pathsep) if root]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH: nothing to compile kernels with")

@@ -17,10 +17,13 @@ torch = pytest.importorskip("torch", reason="the references are torch code")
 
 from plugin_references import check_choice, check_score  # noqa: E402
 
-from flashvlm_export.selection.flashvlm import SelectionInputs, SelectionParams, select  # noqa: E402
+from flashvlm_export.selection import SelectionInputs, SelectionParams, select  # noqa: E402
+from flashvlm_export.testing.references import DEFAULTS, DEGENERATE, ROUNDING, choice64, degenerate, make  # noqa: E402
 from gpu_checks.build import build_emulation, build_for_gpu  # noqa: E402
 from gpu_checks.kernels import Kernels, LloydCall, ScoreCall  # noqa: E402
-from gpu_checks.references import DEFAULTS, DEGENERATE, ROUNDING, choice64, degenerate, make  # noqa: E402
+
+# On a GPU they are of another tier as well: scripts/test -m gpu.
+pytestmark = [pytest.mark.gpu] if os.environ.get("FLASHVLM_TEST_DEVICE") == "cuda" else []
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ORDERS = (0, 1, 2)

@@ -21,11 +21,11 @@ import pytest
 from cuda_standin import POISON, Driver
 
 from flashvlm.bundle import Bundle
+from flashvlm.dtypes import NUMPY_DTYPES
 from flashvlm.engines import ENGINE_MANIFEST, ENGINES, BuildFlags, EngineManifest, EngineSpec, Target, folder_name
 from flashvlm.files import sha256
 from flashvlm.manifest import GraphSpec
 from flashvlm.sessions import cuda
-from flashvlm.sessions.contract import NUMPY_DTYPES
 
 DTYPE_NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"} | {
     "bool": "BOOL"
@@ -53,6 +53,9 @@ class Engine:
             "batch": plan["max_batch"],
             "sequence": plan["max_seq"],
             "query": plan["max_query"],
+            "units": plan["max_units"],
+            "prefix": plan["max_seq"],
+            "suffix": plan["max_seq"],
         }
         self.num_io_tensors = len(self.tensors)
         self._session: Any = None
@@ -135,7 +138,7 @@ class Context:
 
     def update_device_memory_size_for_shapes(self) -> int:
         sizes = self._sizes()
-        return 1000 * sizes["batch"] * sizes.get("sequence", sizes.get("query", 1))
+        return 1000 * sizes.get("batch", sizes.get("units", 1)) * sizes.get("sequence", sizes.get("query", 1))
 
     def set_device_memory(self, address: int, size: int) -> None:
         self.memory, self.state = (address, size), self.state + 1
@@ -254,6 +257,7 @@ def build(
     engines = {}
     for name, graph in opened.manifest.graphs.items():
         content = {"onnx": str(opened.file(graph.file)), "graph": graph.model_dump(), **sizes}
+        content["max_units"] = opened.manifest.max_units(name)
         content |= (plan or {}).get(name, {})
         path = folder / f"{name}.engine"
         path.write_text(json.dumps(content))

@@ -17,6 +17,7 @@ from tensorrt_standin import build, install
 from flashvlm import FlashVLMError, Pipeline, engines
 from flashvlm.cli.profile import main as profile_main
 from flashvlm.cli.run import main
+from flashvlm.extras import install as install_extra
 from flashvlm.sessions import cuda, providers
 from refusals import assert_refused, run
 
@@ -79,7 +80,7 @@ def test_stats_name_the_backend(bundle: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_profile_runs_on_engines(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(bundle)
     install(monkeypatch)
-    flags = ("--backend", "tensorrt", "--runs", "1", "--warm-up", "0", "--new-tokens", "3", "--budgets", "5")
+    flags = ("--backend", "tensorrt", "--runs", "1", "--warm-up", "0", "--new-tokens", "3", "--budget", "5")
     ran = run(profile_main, bundle, *flags, "--out", tmp_path / "report")
     assert ran.code == 0, ran.stderr
     profile = json.loads((tmp_path / "report" / "profile.json").read_text())
@@ -105,7 +106,7 @@ def test_a_profile_runs_on_engines(bundle: Path, tmp_path: Path, monkeypatch: py
         ),
         (("--device", "-1"), ("--device",)),
         (("--device", "1"), ("device 1: the cpu provider has no devices",)),
-        (("--provider", "tensorrt"), ("no tensorrt provider", "pip install 'flashvlm[gpu]' tensorrt")),
+        (("--provider", "tensorrt"), ("no tensorrt provider", f"{install_extra('gpu')} tensorrt")),
         (("--provider", "tensorrt-rtx"), ("no tensorrt-rtx provider", "onnxruntime-ep-nv-tensorrt-rtx")),
     ],
     ids=lambda value: " ".join(value),
@@ -117,8 +118,8 @@ def test_flags_are_refused(flags: tuple[str, ...], expected: tuple[str, ...], ti
 @pytest.mark.parametrize(
     ("target", "jetson", "line"),
     [
-        ("tensorrt", False, "pip install 'flashvlm[tensorrt]'"),
-        ("tensorrt-rtx", False, "pip install 'flashvlm[tensorrt-rtx]'"),
+        ("tensorrt", False, install_extra("tensorrt")),
+        ("tensorrt-rtx", False, install_extra("tensorrt-rtx")),
         ("tensorrt", True, "sudo apt install tensorrt python3-libnvinfer"),
     ],
 )
@@ -163,8 +164,8 @@ def test_engines_of_another_version_or_gpu(bundle: Path, monkeypatch: pytest.Mon
     install(monkeypatch)
     command = f"; build them with: flashvlm-compile {bundle} --target tensorrt"
     assert refusal(bundle) == f"{bundle} has no engines for TensorRT{command}"
-    folder = build(bundle, version="10.3.0.26", max_seq=96, workspace=1 << 30, optimization_level=4)
-    sizes = " --max-seq 96 --max-batch 3 --max-query 64 --workspace 1 --optimization-level 4"
+    folder = build(bundle, version="10.3.0.26", max_seq=96, workspace=1_500_000_000, optimization_level=4)
+    sizes = " --max-seq 96 --max-batch 3 --max-query 64 --workspace 1.5 --optimization-level 4"
     reason = "was built by TensorRT 10.3.0.26, and this is 10.13.0.35"
     assert refusal(bundle) == f"{folder} {reason}{command}{sizes}"
     # Of several, the one that comes closest is told.
@@ -241,6 +242,9 @@ def test_engines_with_plugins_ask_for_the_library(
     assert_refused(run(main, *ask), "was built with libplugins.so", "--plugins PATH")
     ran = run(main, *ask, "--plugins", library)
     assert (ran.code, loaded) == (0, [str(library)]), ran.stderr
+    quick = ("--backend", "tensorrt", "--runs", "1", "--warm-up", "0", "--new-tokens", "2", "--budget", "5")
+    ran = run(profile_main, bundle, *quick, "--plugins", library)
+    assert (ran.code, loaded) == (0, [str(library)] * 2), ran.stderr
     library.write_bytes(b"another")
     assert_refused(run(main, *ask, "--plugins", library), "is not the libplugins.so", "--plugins libplugins.so")
 

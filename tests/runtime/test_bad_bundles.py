@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from flashvlm.cli.run import main
+from flashvlm.extras import install, upgrade
 from flashvlm.files import sha256
 from refusals import assert_refused, copy_of, run
 
@@ -26,7 +27,9 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, *expected: str) -> None:
-    assert_refused(run(main, folder, *QUESTION), *expected)
+    picture = folder.parent / "picture.png"
+    Image.new("RGB", (30, 30)).save(picture)
+    assert_refused(run(main, folder, *QUESTION, "--image", picture), *expected)
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Edit:
@@ -84,7 +87,7 @@ def bfloat16(folder: Path) -> None:
     """The manifest of a bfloat16 bundle."""
     path = folder / "bundle.json"
     content = json.loads(path.read_text())
-    content["model"]["dtype"] = "bfloat16"
+    content["model"]["dtypes"]["activations"] = "bfloat16"
     for graph in content["graphs"].values():
         for tensor in (*graph["inputs"], *graph["outputs"]):
             if tensor["dtype"] == "float32" and tensor["name"] not in ("pixel_values", "saliency", "scores", "logits"):
@@ -100,9 +103,13 @@ MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "no schema": (manifest(lambda m: m.pop("schema_version")), ("schema_version", "None")),
     "schema of text": (manifest(lambda m: m.update(schema_version="1")), ("schema_version", "'1'")),
     "schema zero": (manifest(lambda m: m.update(schema_version=0)), ("schema_version", "found 0")),
+    "older schema": (
+        manifest(lambda m: m.update(schema_version=1)),
+        ("bundle schema 1", "reads 2", "export the model again"),
+    ),
     "newer schema": (
         manifest(lambda m: m.update(schema_version=99)),
-        ("bundle schema 99", "reads up to 1", "pip install --upgrade flashvlm"),
+        ("bundle schema 99", "reads 2", f"upgrade with: {upgrade()}"),
     ),
     "field missing": (manifest(lambda m: m["model"].pop("max_seq")), ("field model.max_seq", "required")),
     "field extra": (manifest(lambda m: m["model"].update(colour="red")), ("field model.colour", "not permitted")),
@@ -122,7 +129,7 @@ MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "other vocabulary": (
         manifest(lambda m: m["model"].update(vocab_size=9)),
-        ("field model", "is beyond the table of 9 rows"),
+        ("token id 512 is beyond the table of 9 rows",),
     ),
     "larger vocabulary": (
         vocabulary(1000),
@@ -130,7 +137,7 @@ MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "bfloat16 on a CPU": (
         bfloat16,
-        ("is bfloat16", "--dtype float32", "pip install 'flashvlm[gpu]'"),
+        ("is bfloat16", "--dtype float32", install("gpu")),
     ),
     "unknown symbol": (
         manifest(lambda m: m["graphs"]["vision"]["inputs"][0]["shape"].__setitem__(0, "many")),
@@ -141,24 +148,41 @@ MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
         ("field graphs.vision.inputs.0.shape.1", "expected a size from 1", "found -3"),
     ),
     "image token below zero": (
-        manifest(lambda m: m["model"].update(image_token_id=-1)),
-        ("field model.image_token_id", "greater than or equal to 0"),
+        manifest(lambda m: m["visual"][0].update(placeholder_id=-1)),
+        ("field visual.0.placeholder_id", "greater than or equal to 0"),
     ),
     "stop token beyond the table": (
         manifest(lambda m: m["model"].update(eos_token_ids=[10**6])),
         ("field model", "token id 1000000 is beyond the table of 514 rows"),
     ),
     "a grid that does not match": (
-        manifest(lambda m: m["model"].update(image_grid=[4, 5])),
-        ("field model", "expected an image_grid of 16 tokens, found (4, 5)"),
+        manifest(lambda m: m["visual"][0].update(grid=[4, 5])),
+        ("field visual.0", "expected a grid of 16 tokens, found (4, 5)"),
     ),
     "counts of 10^12": (
         manifest(lambda m: m["model"].update(num_layers=10**12)),
         ("field model.num_layers", "less than or equal to 1024"),
     ),
     "shortest edge of 10^9": (
-        manifest(lambda m: m["image"].update(size=[10**9, 10**9])),
-        ("field image.size.0", "less than or equal to 4096"),
+        manifest(lambda m: m["visual"][0]["pixels"].update(size=[10**9, 10**9])),
+        ("field visual.0.pixels.single.size.0", "less than or equal to 4096"),
+    ),
+    "another tiling": (
+        manifest(lambda m: m["visual"][0]["pixels"].update(tiling="mosaic")),
+        ("field visual.0.pixels", "'single', 'anyres', 'grid', 'longest'"),
+    ),
+    "more candidates than tiles give": (
+        manifest(lambda m: m["visual"][0].update(candidates=17)),
+        ("field visual.0", "expected 16 candidates of these tiles, found 17"),
+    ),
+    "no way to see": (manifest(lambda m: m.update(visual=[])), ("field visual", "at least 1 item")),
+    "positions on three axes in one": (
+        manifest(lambda m: m["visual"][0].update(positions="mrope")),
+        ("positions mrope need 3 position_axes",),
+    ),
+    "a vision graph named twice": (
+        manifest(lambda m: m["visual"].append(m["visual"][0])),
+        ("expected different vision graphs, found one twice",),
     ),
     "budgets without end": (
         manifest(lambda m: m["selection"].update(budgets=[4, 4])),
@@ -166,7 +190,11 @@ MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "a budget without its graph": (
         manifest(lambda m: m["selection"].update(budgets=[4, 7, 9])),
-        ("expected the graphs decoder, select-k4, select-k7, select-k9, vision", "found another set: select-k9"),
+        ("no graph 'select-k9'; it has decoder, select-k4, select-k7, vision",),
+    ),
+    "a graph without its budget": (
+        manifest(lambda m: m["selection"].update(budgets=[4])),
+        ("expected the graphs decoder, select-k4, vision for these budgets", "found another set: select-k7"),
     ),
     "not a number": (text('{"schema_version": NaN}'), ("bundle.json cannot be read", "NaN is not JSON")),
     "digits without end": (text('{"schema_version": ' + "9" * 10_000 + "}"), ("bundle.json cannot be read",)),
@@ -179,15 +207,13 @@ def test_manifest(edit: Edit, expected: tuple[str, ...], bundle: Path) -> None:
     refused(bundle, *expected)
 
 
-def test_graph_that_takes_other_shapes(bundle: Path, tmp_path: Path) -> None:
+def test_graph_that_takes_other_shapes(bundle: Path) -> None:
     def smaller(content: dict[str, Any]) -> None:
-        content["image"].update(size=[28, 28], crop=[28, 28])
+        content["visual"][0]["pixels"].update(size=[28, 28], crop=[28, 28])
         content["graphs"]["vision"]["inputs"][0]["shape"][2:] = [28, 28]
 
     manifest(smaller)(bundle)
-    Image.new("RGB", (30, 30)).save(tmp_path / "picture.png")
-    ran = run(main, bundle, *QUESTION, "--image", tmp_path / "picture.png")
-    assert_refused(ran, "vision.onnx does not have the inputs and outputs its manifest lists")
+    refused(bundle, "vision.onnx does not have the inputs and outputs its manifest lists")
 
 
 def test_prompt_beyond_the_capacity(bundle: Path) -> None:
@@ -219,11 +245,11 @@ def test_a_checkpoint(tiny_checkpoint: Path) -> None:
 # --- files ---
 
 NAMES = [
+    "README.md",
     "decoder.data",
     "decoder.onnx",
     "embed_tokens.safetensors",
     "processor/chat_template.jinja",
-    "processor/processor_config.json",
     "processor/tokenizer.json",
     "processor/tokenizer_config.json",
     "select-k4.onnx",

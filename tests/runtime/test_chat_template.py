@@ -101,6 +101,7 @@ def outcome(render: Callable[[], str]) -> str:
         return f"the chat template refuses these messages: {error}"
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("template", LINES)
 def test_as_transformers_renders_it(template: str) -> None:
     rendering = pytest.importorskip("transformers.utils.chat_template_utils")

@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from flashvlm import drawing
 from flashvlm import kept_picture as picture
-from flashvlm.kept_picture import MARGIN, PANEL, REPRESENTATIVE, TOP, draw_kept
-
-PANEL_Y = MARGIN + 42
+from flashvlm.drawing import Scale, in_font, shorten, wrap
+from flashvlm.kept_picture import MARGIN, PANEL, PANELS_Y, REPRESENTATIVE, TOP, draw_kept
 
 
 def photo(width, height, seed=0):
@@ -15,13 +15,14 @@ def photo(width, height, seed=0):
     return Image.fromarray(small).resize((width, height))
 
 
-def left_panel(page, height):
-    return np.asarray(page)[PANEL_Y : PANEL_Y + height, MARGIN : MARGIN + PANEL]
+def panel(page, number, height):
+    """0 is the image, 1 what was kept, 2 the scores."""
+    x = MARGIN + number * (PANEL + MARGIN)
+    return np.asarray(page)[PANELS_Y : PANELS_Y + height, x : x + PANEL]
 
 
-def right_panel(page, height):
-    x = 2 * MARGIN + PANEL
-    return np.asarray(page)[PANEL_Y : PANEL_Y + height, x : x + PANEL]
+def panels(page):
+    return (page.width - MARGIN) // (PANEL + MARGIN)
 
 
 SIZES = [(1, 1), (3, 500), (640, 427), (20_000, 100), (100, 20_000)]
@@ -34,84 +35,125 @@ def test_any_size_and_grid(size, grid):
     edge = min(size)
     left, top = (size[0] - edge) / 2, (size[1] - edge) / 2
     kept = np.unique([0, count // 2, count - 1])
-    page = draw_kept(
-        photo(*size),
-        kept,
-        kept == 0,
-        np.arange(count),
-        grid,
-        (left, top, left + edge, top + edge),
-        "Q?",
-        "A.",
-    )
+    box = (left, top, left + edge, top + edge)
+    page = draw_kept(photo(*size), kept, kept == 0, np.arange(count), grid, box, "Q?", "A.", "flashvlm")
     assert page.mode == "RGB"
-    assert page.width == 2 * PANEL + 3 * MARGIN
-    assert page.height < 1500
+    assert panels(page) == (2 if count == 1 else 3)
+    assert page.height < 1600
     # Thin images show the crop large enough for outlines of both colours.
-    colours = {tuple(c) for c in left_panel(page, page.height - PANEL_Y).reshape(-1, 3)}
+    colours = {tuple(c) for c in panel(page, 1, page.height - PANELS_Y).reshape(-1, 3)}
     assert count == 1 or {TOP, REPRESENTATIVE} <= colours
 
 
 def test_kept_patches_are_clear_and_dropped_ones_are_not():
     # A white image with one red patch, number 6 of a 4 x 4 grid over the central square.
-    pixels = np.full((160, 320, 3), 255, np.uint8)
-    pixels[40:80, 80 + 80 : 80 + 120] = (200, 0, 0)
+    pixels = np.full((140, 280, 3), 255, np.uint8)
+    pixels[35:70, 70 + 70 : 70 + 105] = (200, 0, 0)
     page = draw_kept(
-        Image.fromarray(pixels), np.array([6]), np.array([True]), np.arange(16.0), (4, 4), (80, 0, 240, 160)
+        Image.fromarray(pixels), np.array([6]), np.array([True]), np.arange(16.0), (4, 4), (70, 0, 210, 140)
     )
-    panel = left_panel(page, 320)
-    clear = (panel == (200, 0, 0)).all(-1)
-    assert clear[86:154, 326:394].all()  # all but the outline of 4 pixels and the blur of resizing
-    assert not clear[:80].any()
-    assert not clear[:, 400:].any()
-    assert (panel[[80, 159], 350] == TOP).all()
-    dropped = panel[100, 200]
+    shown = panel(page, 1, 280)
+    clear = (shown == (200, 0, 0)).all(-1)
+    assert clear[76:134, 286:344].all()  # all but the outline of 4 pixels and the blur of resizing
+    assert not clear[:70].any()
+    assert not clear[:, 350:].any()
+    assert (shown[[70, 139], 310] == TOP).all()
+    dropped = shown[100, 200]
     assert len(set(dropped.tolist())) == 1
     assert dropped[0] < 128
-    unseen = panel[:, :158].reshape(-1, 3)
-    assert (unseen > 160).all()
-    assert len(np.unique(unseen, axis=0)) > 1  # hatched
 
 
-def test_heat_map_follows_the_scores():
+@pytest.mark.parametrize("exposure", [0.08, 0.5, 1.0])
+def test_dropped_patches_show_on_any_exposure(exposure):
+    """Gray that differs from what is kept, with the image's own structure in it."""
+    pixels = np.full((80, 80), 40.0)
+    pixels[:, 20::40] = 90  # a line in each patch
+    pixels = (pixels * 2 * exposure).astype(np.uint8)
+    image = Image.fromarray(pixels).convert("RGB").resize((560, 560), Image.Resampling.NEAREST)
+    page = draw_kept(image, np.array([0]), np.array([True]), np.zeros(4), (2, 2), (0, 0, 560, 560))
+    shown = panel(page, 1, 560).astype(int)
+    kept, dropped = shown[100, 100], shown[400, 400]
+    assert (kept == np.asarray(image)[100, 100]).all()
+    assert abs(int(kept[0]) - int(dropped[0])) >= (20 if exposure != 0.5 else 0)
+    assert shown[400, 280 + 145][0] - dropped[0] > 25  # the line
+
+
+def test_the_image_itself_is_at_hand():
+    image = photo(560, 560)
+    page = draw_kept(image, np.array([3]), np.array([True]), np.arange(16), (4, 4), (0, 0, 560, 560))
+    np.testing.assert_array_equal(panel(page, 0, 560), np.asarray(image))
+
+
+def test_scores_rise_from_dark_to_bright_and_gaps_stay_gray():
     gray = Image.new("RGB", (64, 64), (128, 128, 128))
-    scores = np.linspace(-3, 5, 16)
+    scores = np.linspace(-6, 0, 16)
     scores[5] = -np.inf
     scores[6] = np.nan
     page = draw_kept(gray, np.array([15]), np.array([True]), scores, (4, 4), (0, 0, 64, 64))
-    centres = right_panel(page, 640)[80::160, 80::160].reshape(16, 3).astype(int)
+    centres = panel(page, 2, 560)[70::140, 70::140].reshape(16, 3).astype(int)
     light = centres @ [0.2126, 0.7152, 0.0722]
     finite = np.isfinite(scores)
     assert (np.diff(light[finite]) > 0).all()
     assert (np.ptp(centres[~finite], axis=1) == 0).all()
 
 
+def test_one_outlier_does_not_take_all_colours():
+    scores = np.r_[np.linspace(-2, -1, 99), -1000.0]
+    scale = Scale.of(scores)
+    assert (scale.below, scale.above) == (True, True)
+    assert -2.1 < scale.low < -1.9
+    level = scale.level(scores)
+    assert np.ptp(level[:99]) == 1
+    assert level[99] == 0
+    # Nearly all the same: what differs is not cut off.
+    assert Scale.of(np.r_[np.zeros(99), 5.0]) == Scale(0, 5, False, False)
+
+
 @pytest.mark.parametrize("scores", [np.zeros(16), np.zeros(0), np.full(16, np.nan)])
-def test_a_method_without_score(scores):
+def test_without_a_score_there_is_no_panel_for_it(scores):
     red = Image.new("RGB", (64, 64), (200, 30, 30))
-    page = draw_kept(red, np.array([3]), np.array([False]), scores, (4, 4), (0, 0, 64, 64))
-    assert (np.ptp(right_panel(page, 640)[:250].astype(int), axis=-1) == 0).all()
+    page = draw_kept(red, np.array([3]), np.array([False]), scores, (4, 4), (0, 0, 64, 64), method="uniform")
+    assert panels(page) == 2
 
 
 @pytest.mark.parametrize("scores", [np.full(16, 0.25), np.r_[-1e308, np.full(15, 1e308)], np.full(16, -1e-300)])
 def test_constant_and_huge_scores(scores):
-    draw_kept(photo(64, 64), np.array([3]), np.array([True]), scores, (4, 4), (0, 0, 64, 64))
+    page = draw_kept(photo(64, 64), np.array([3]), np.array([True]), scores, (4, 4), (0, 0, 64, 64))
+    assert panels(page) == 3
 
 
 def test_all_kept_shows_the_image_itself():
-    image = photo(640, 640)
-    page = draw_kept(image, np.arange(16), np.zeros(16, bool), np.zeros(16), (4, 4), (0, 0, 640, 640))
-    np.testing.assert_array_equal(left_panel(page, 640), np.asarray(image))
+    image = photo(560, 560)
+    page = draw_kept(image, np.arange(16), np.ones(16, bool), np.zeros(16), (4, 4), (0, 0, 560, 560))
+    assert panels(page) == 2
+    np.testing.assert_array_equal(panel(page, 1, 560), np.asarray(image))
     assert list(picture._legend(16, 0, 16, True)) == []
 
 
+@pytest.mark.parametrize(
+    ("kept", "count", "expected"),
+    [
+        (64, 576, "flashvlm keeps 64 of 576 visual tokens, 89 % fewer"),
+        (2000, 2001, "flashvlm keeps 2,000 of 2,001 visual tokens, less than 1 % fewer"),
+        (1, 576, "flashvlm keeps 1 of 576 visual tokens, more than 99 % fewer"),
+        (576, 576, "All 576 visual tokens, nothing selected"),
+    ],
+)
+def test_heading(kept, count, expected):
+    assert picture._heading(kept, count, "flashvlm") == expected
+
+
+def test_what_a_score_is_stands_below_it():
+    """The same scores take a line more where it is known what they are."""
+    args = photo(64, 64), np.array([3]), np.array([True]), np.linspace(-6, 0, 16), (4, 4), (0, 0, 64, 64)
+    heights = [draw_kept(*args, score=score).height for score in ("log", "cosine", None)]
+    assert heights[0] == heights[1] == heights[2] + 26
+
+
 def test_legend_counts():
-    texts = [text for text, _, _ in picture._legend(64, 32, 576, False)]
-    assert texts == ["32 top-scored", "32 representative", "512 dropped of 576", "not seen by the model"]
-    assert [text for text, _, _ in picture._legend(1, 1, 1600, True)] == [
-        "1 top-scored",
-        "1,599 dropped of 1,600",
-    ]
+    texts = [entry.text for entry in picture._legend(64, 32, 576, False)]
+    assert texts == ["32 top-scored", "32 representative", "512 dropped", "not seen by the model"]
+    assert [entry.text for entry in picture._legend(1, 1, 1600, True)] == ["1 top-scored", "1,599 dropped"]
 
 
 @pytest.mark.parametrize(
@@ -123,19 +165,44 @@ def test_arrays_that_do_not_fit_are_refused(kept, is_top, scores):
         draw_kept(photo(8, 8), np.array(kept), np.array(is_top), np.ones(scores), (4, 4), (0, 0, 8, 8))
 
 
+# --- text ---
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.text(max_size=400), st.integers(1, 5))
-def test_wrapped_lines_fit(text, most):
-    font = picture._font(24)
-    lines = picture._wrap(text, font, 300, most)
+def test_wrapped_lines_fit(words, most):
+    text = in_font(words, 24)
+    lines = wrap(text, 300, most)
     assert len(lines) <= most
-    assert all(font.getlength(line.removesuffix(" ...")) <= 300 or len(line) == 1 for line in lines)
+    assert all(text.width(line.removesuffix(" ...")) <= 300 or len(line) == 1 for line in lines)
     if not lines or not lines[-1].endswith("..."):
-        assert "".join("".join(lines).split()) == "".join(text.split())
+        assert "".join("".join(lines).split()) == "".join(text.words.split())
 
 
 def test_long_texts_end_in_dots():
-    box = (0, 0, 64, 64)
-    args = photo(64, 64), np.array([3]), np.array([True]), np.ones(16), (4, 4), box
-    short, long = draw_kept(*args), draw_kept(*args, title="word " * 5000, answer="x" * 100_000)
+    args = photo(64, 64), np.array([3]), np.array([True]), np.ones(16), (4, 4), (0, 0, 64, 64)
+    short, long = draw_kept(*args), draw_kept(*args, question="word " * 5000, answer="x" * 100_000)
     assert short.height < long.height < 2500
+    text = in_font("a long name " * 50, 31)
+    assert shorten(text, 400).endswith("...")
+    assert text.width(shorten(text, 400)) <= 400
+    assert shorten(in_font("short", 31), 400) == "short"
+
+
+def test_scripts_that_our_font_lacks_are_drawn_by_a_font_of_the_system():
+    if not any("DejaVuSans" in path for path in drawing._system_fonts()):
+        pytest.skip("no DejaVu on this machine")
+    text = in_font("Какого цвета сердце?", 24)
+    assert text.words == "Какого цвета сердце?"
+    assert "DejaVu" in text.font.path
+    assert in_font("What is more than 5?", 24).font is drawing.plain_font(24)
+
+
+def test_nothing_is_drawn_as_boxes(monkeypatch):
+    """Where no font has a character, its escape says which it was, and a text of such characters is not drawn."""
+    monkeypatch.setattr(drawing, "_system_fonts", lambda: ())
+    assert in_font("color: цвет of the heart", 24).words == r"color: \u0446\u0432\u0435\u0442 of the heart"
+    assert in_font("tab\x07bell and words", 24).words == r"tab\x07bell and words"
+    assert in_font("图中的心形", 24).words == "(text that no font on this machine can draw)"
+    assert in_font("", 24).words == ""
+    assert in_font("line\nbreak", 24).words == "line\nbreak"

@@ -120,8 +120,8 @@ def test_a_conversation_is_the_prompt_of_all_its_turns(pipeline: Pipeline, image
     conversation = pipeline.conversation(image)
     first = conversation.ask(QUESTION, max_new_tokens=3)
     second = conversation.ask("And the table?", max_new_tokens=3)
-    assert [m["role"] for m in conversation.messages] == ["user", "assistant", "user", "assistant"]
-    text = pipeline._text.render(conversation.messages[:3])
+    assert [message.role for message in conversation.messages] == ["user", "assistant", "user", "assistant"]
+    text = pipeline.encoder.text.render([message.plain() for message in conversation.messages[:3]])
     assert text.count("<image>") == 1
     assert first.text in text
     assert second.prompt_tokens > first.prompt_tokens
@@ -218,8 +218,8 @@ def test_non_finite_features_are_refused(
     pipeline = Pipeline.from_bundle(tiny_gqa_bundle)
     inner = pipeline._session.vision
 
-    def overflowing(pixels: np.ndarray) -> Any:
-        (features,) = inner(pixels)
+    def overflowing(*arguments: Any) -> Any:
+        (features,) = inner(*arguments)
         features.image_tokens[3] = np.nan
         return [features]
 

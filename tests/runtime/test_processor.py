@@ -18,6 +18,8 @@ from tokenizers import (
 from flashvlm.errors import BundleError, PromptError
 from flashvlm.text.processor import TextProcessor
 
+IMAGE = {"image": "<image>"}
+
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
 
 LLAVA = """\
@@ -200,18 +202,17 @@ def test_equals_transformers(processor, reference):
         want = reference.apply_chat_template(
             shown, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="np"
         )["input_ids"][0]
-        prompt = processor.encode(messages, "<image>")
+        prompt = processor.encode(messages, IMAGE)
         assert prompt.input_ids.dtype == np.int64
         np.testing.assert_array_equal(prompt.input_ids, want)
         assert np.count_nonzero(prompt.input_ids == reference.tokenizer.bos_token_id) == 1
-        assert prompt.image_positions.tolist() == np.flatnonzero(want == reference.image_token_id).tolist()
         for skip in (True, False):
             assert processor.decode(want, skip) == reference.decode(want, skip_special_tokens=skip)
 
 
 def test_question_mask_marks_the_last_question_only(processor):
     for messages in conversations():
-        prompt = processor.encode(messages, processor.tokenizer.token_to_id("<image>"))
+        prompt = processor.encode(messages, {"image": processor.tokenizer.token_to_id("<image>")})
         ids, mask = prompt.input_ids, prompt.question_mask
         text = "".join(p.get("text", "") for p in messages[-1]["content"])
         assert mask.dtype == bool
@@ -233,13 +234,15 @@ def test_a_question_that_is_part_of_the_template(processor):
     # "A", ":" and "ASSISTANT:" also occur after the question.
     for text in ("A", ":", "ASSISTANT:", "USER", "[", "assistant"):
         messages = [user(None, text), assistant(text), user(text)]
-        prompt = processor.encode(messages, "<image>")
+        prompt = processor.encode(messages, IMAGE)
         assert processor.decode(prompt.input_ids[prompt.question_mask]).strip() == text
 
 
 def test_parts_around_an_image(processor):
-    prompt = processor.encode([user("left", None, "right")], "<image>")
-    assert not prompt.question_mask[prompt.image_positions].any()
+    prompt = processor.encode([user("left", None, "right")], IMAGE)
+    image = prompt.input_ids == processor.tokenizer.token_to_id("<image>")
+    assert image.sum() == 1
+    assert not prompt.question_mask[image].any()
     assert processor.decode(prompt.input_ids[prompt.question_mask]).replace(" ", "") == "leftright"
 
 
@@ -272,14 +275,14 @@ def test_string_content_is_text(processor):
 )
 def test_bad_messages_are_refused(processor, messages, words):
     with pytest.raises(PromptError, match=words) as refusal:
-        processor.encode(messages, "<image>")
+        processor.encode(messages, IMAGE)
     assert "\n" not in str(refusal.value)
 
 
 def test_unknown_placeholder_is_refused(processor):
     for token in ("<video>", 10**6):
         with pytest.raises(PromptError, match="image placeholder: expected a token of the vocabulary"):
-            processor.encode([user("x")], token)
+            processor.encode([user("x")], {"image": token})
 
 
 def test_a_template_that_drops_images_or_questions_is_refused(processor):
@@ -287,19 +290,19 @@ def test_a_template_that_drops_images_or_questions_is_refused(processor):
         return TextProcessor(processor.tokenizer, template, processor.named_tokens)
 
     with pytest.raises(PromptError, match=r"expected 2 image placeholders .* found 0"):
-        having("{{ messages[0].content[-1].text }}").encode([user(None, None, "x")], "<image>")
+        having("{{ messages[0].content[-1].text }}").encode([user(None, None, "x")], IMAGE)
     with pytest.raises(PromptError, match=r"expected 0 image placeholders .* found 1"):
-        having("<image>{{ messages[0].content[-1].text }}").encode([user("x")], "<image>")
+        having("<image>{{ messages[0].content[-1].text }}").encode([user("x")], IMAGE)
     for template in (
         "nothing",
         "{{ messages[0].content[0].text * 2 }}",
         "{{ messages[0].content[0].text | length }}",
     ):
         with pytest.raises(PromptError, match="renders the last user message once"):
-            having(template).encode([user("x")], "<image>")
+            having(template).encode([user("x")], IMAGE)
     for template in ("{{ raise_exception('not today') }}", "{{ 'a' + 1 }}", "{{ messages.append(1) }}"):
         with pytest.raises(PromptError, match="the chat template refuses"):
-            having(template).encode([user("x")], "<image>")
+            having(template).encode([user("x")], IMAGE)
     assert having("{{ strftime_now('%Y') }} {{ messages[0].content[0].text }}").render([user("x")])[:2] == "20"
 
 
@@ -391,5 +394,5 @@ def test_stored_truncation_and_padding_do_not_apply(folder, tmp_path):
     tokenizer.enable_padding(length=100)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     messages = [user(None, TEXTS[0])]
-    got, want = (TextProcessor.from_folder(f).encode(messages, "<image>").input_ids for f in (tmp_path, folder))
+    got, want = (TextProcessor.from_folder(f).encode(messages, IMAGE).input_ids for f in (tmp_path, folder))
     np.testing.assert_array_equal(got, want)

@@ -14,6 +14,7 @@ from PIL import Image
 from flashvlm import FlashVLMError, Pipeline
 from flashvlm.bundle import Bundle
 from flashvlm.cli.profile import main
+from flashvlm.extras import install
 from flashvlm.files import atomic_folder
 from flashvlm.generation import Timings
 from flashvlm.profiling.measure import (
@@ -29,8 +30,10 @@ from flashvlm.profiling.measure import (
     summarise,
     synthetic_photo,
     synthetic_prompt,
+    variations,
 )
-from flashvlm.profiling.report import draw, to_json
+from flashvlm.profiling.plot import draw
+from flashvlm.profiling.table import spread, statistics, to_json
 from flashvlm.sessions.onnxruntime import OnnxRuntimeSession
 from refusals import assert_refused, run
 
@@ -69,7 +72,7 @@ def test_a_synthetic_prompt_has_exactly_the_tokens_asked_for(fixture: str, reque
     for tokens in (shortest, shortest + 1, 17, 40, 41, 42, 500):
         question, encoded = synthetic_prompt(bundle, tokens)
         assert len(encoded.input_ids) - 1 == tokens
-        assert len(encoded.image_positions) == 1
+        assert (encoded.input_ids == bundle.manifest.visual[0].placeholder_id).sum() == 1
         assert question.startswith("what")
 
 
@@ -89,10 +92,10 @@ def test_every_photo_is_another_and_seeds_repeat() -> None:
 
 
 def test_spreads_are_percentiles_and_add_up() -> None:
-    spread = Spread.of(range(11))
-    assert (spread.p10, spread.median, spread.p90) == (1, 5, 9)
-    assert spread + Spread(1, 1, 1) == Spread(6, 2, 10)
-    assert spread.times(2) == Spread(10, 2, 18)
+    found = Spread.of(range(11))
+    assert (found.p10, found.median, found.p90) == (1, 5, 9)
+    assert found + Spread(1, 1, 1) == Spread(6, 2, 10)
+    assert found.times(2) == Spread(10, 2, 18)
     assert Spread(8, 6, 9).over(Spread(4, 3, 5)) == Spread(2, 1.2, 3)
 
 
@@ -117,8 +120,8 @@ def test_every_stage_of_every_budget_is_measured(measured: Profile) -> None:
     for budget in measured.budgets:
         assert budget.text_tokens == 20
         assert list(budget.stages) == ["preprocess", "vision", "select", "prefill", "decode"]
-        for spread in (*budget.stages.values(), budget.first_token, budget.answer):
-            assert 0 < spread.p10 <= spread.median <= spread.p90
+        for part in (*budget.stages.values(), budget.first_token, budget.answer):
+            assert 0 < part.p10 <= part.median <= part.p90
         assert budget.answer.median > budget.first_token.median
     assert measured.budgets[-1].speedup == Spread(1, 1, 1)
     assert measured.interleaved
@@ -178,8 +181,22 @@ def test_the_largest_budget_within_the_target_is_recommended(tiny_bundle: Path) 
     assert recommend(profile, 1e6).budget == "all"
     none = recommend(profile, 11)
     assert (none.budget, none.fastest) == (None, 4)
-    assert str(none).startswith("no budget gives the first token within 11 ms in 9 of 10 runs")
-    assert "the closest is 4 with 12 ms (p90)" in str(none)
+    assert str(none) == "no budget gives the first token within 11 ms; the closest is 4 with 12 ms (p90 of 20 runs)"
+    assert str(recommend(profile, 22)) == (
+        "budget 7 is the largest with the first token within 22 ms: 22 ms (p90 of 20 runs)"
+    )
+
+
+def test_one_run_is_called_one_run(tiny_bundle: Path) -> None:
+    options = ProfileOptions((4,), runs=1)
+    found = budget_profile(4, (10, 10, 10))
+    profile = describe(Bundle(tiny_bundle, verify=False), "ONNX Runtime", options, (found,), interleaved=True)
+    assert str(recommend(profile, 12345)) == (
+        "budget 4 is the largest with the first token within 12,345 ms: 10 ms (one run)"
+    )
+    assert statistics(profile) == "one run, budgets in turn"
+    assert spread(Spread(10, 10, 10)) == "10.0"
+    assert spread(Spread(10, 9, 12)) == "10.0 (9.0-12.0)"
 
 
 # --- the report ---
@@ -196,17 +213,25 @@ def test_json_is_plain_and_complete(measured: Profile) -> None:
         assert entry["kv_bytes"] > 0
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 12])
-@pytest.mark.parametrize("scale", [0.01, 1, 1e5])
-def test_pictures_fit_any_number_of_budgets(count: int, scale: float, tiny_bundle: Path) -> None:
+@pytest.mark.parametrize("count", [1, 5, 12])
+@pytest.mark.parametrize("scale", [0.01, 1e5])
+def test_pictures_fit_any_number_of_budgets(count: int, scale: float, tiny_bundle: Path, tmp_path: Path) -> None:
     budgets = [budget_profile(n, (scale * (9 + n), scale * 9, scale * (10 + n))) for n in range(1, count + 1)]
     profile = profile_of(tiny_bundle, *budgets)
-    for recommendation in (None, recommend(profile, 12 * scale), recommend(profile, 1e9)):
-        picture = draw(profile, recommendation)
-        pixels = np.asarray(picture)
-        assert picture.size == (1400, 726)
+    for recommendation in (None, recommend(profile, 12 * scale)):
+        draw(profile, recommendation, tmp_path / "profile.png")
+        with Image.open(tmp_path / "profile.png") as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert pixels.shape == (690, 1400, 3)
         border = np.concatenate([pixels[:20].ravel(), pixels[-20:].ravel(), pixels[:, -20:].ravel()])
         assert (border == 255).all()  # nothing runs over the edge
+
+
+def test_the_same_profile_gives_the_same_picture(tiny_bundle: Path, tmp_path: Path) -> None:
+    profile = profile_of(tiny_bundle, budget_profile(4, (10, 9, 12)), budget_profile("all", (40, 35, 45), 16))
+    for name in ("one", "two"):
+        draw(profile, None, tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -238,7 +263,7 @@ def test_the_command_prints_a_table_and_writes_a_report(tiny_bundle: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
     assert_refused(run(main, tiny_bundle, *QUICK, "--out", out), "exists", "--force")
-    again = run(main, tiny_bundle, *QUICK, "--budgets", "all,4,4", "--out", out, "--force")
+    again = run(main, tiny_bundle, *QUICK, "--budget", "all,4,4", "--out", out, "--force")
     assert again.code == 0, again.stderr
     values = json.loads((out / "profile.json").read_text())
     assert [b["budget"] for b in values["budgets"]] == [4, "all"]
@@ -248,9 +273,13 @@ def test_the_command_prints_a_table_and_writes_a_report(tiny_bundle: Path, tmp_p
 
 
 REFUSED: list[tuple[list[str], tuple[str, ...]]] = [
-    (["--budgets", "5"], ("--budgets 5", "has 4, 7, all", "export with --budget 5")),
-    (["--budgets", "4,most"], ("--budgets '4,most'", "whole numbers", "all")),
-    (["--budgets", ""], ("--budgets ''",)),
+    (["--budget", "5"], ("budget 5 is not in this bundle", "has 4, 7, all", "export with --budget 5")),
+    (["--budget", "4,most"], ("--budget 'most'", "whole number", "all")),
+    (["--budget", ""], ("--budget ''",)),
+    (["--image", "x.png", "--print-commands"], ("--image", "trtexec makes pixels of its own")),
+    (["--image", "none.png"], ("none.png", "found nothing there")),
+    (["--static-plugins", "x.so"], ("--static-plugins", "add --trtexec")),
+    (["--plugins", "a.so", "--plugins", "b.so"], ("a second --plugins", "add --trtexec")),
     (["--backend", "torch"], ("--backend 'torch'", "auto, onnxruntime")),
     (["--backend", "onnxruntime", "--trtexec"], ("--backend onnxruntime", "tensorrt")),
     (["--prompt-tokens", "2"], ("--prompt-tokens 2", "at least")),
@@ -270,11 +299,47 @@ def test_refusals_are_one_line(flags: list[str], expected: tuple[str, ...], tiny
     assert_refused(run(main, tiny_bundle, *flags), *expected)
 
 
+def test_bad_budgets_are_refused_before_the_bundle_is_read() -> None:
+    assert_refused(run(main, "no/such/bundle", "--budget", "abc"), "--budget 'abc'")
+
+
+def test_json_and_an_image_of_ones_own(tiny_bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (90, 60), "teal").save(tmp_path / "own.png")
+    ran = run(main, tiny_bundle, *QUICK, "--json", "--image", tmp_path / "own.png", "--target-ms", "60000")
+    assert ran.code == 0, ran.stderr
+    values = json.loads(ran.stdout)
+    assert values["options"]["image"] == str(tmp_path / "own.png")
+    assert values["recommendation"] | {"budget": "all", "runs": 2} == values["recommendation"]
+    assert all(budget["stages"]["vision"]["p10"] > 0 for budget in values["budgets"])  # never from the cache
+
+
+def test_variations_differ_in_a_pixel() -> None:
+    image = Image.new("RGB", (9, 7), "teal")
+    vary = variations(image)
+    first, second = (np.asarray(vary(seed)).astype(int) for seed in (1, 65536))
+    assert (first != second).any(-1).sum() == 1
+    assert image.getpixel((0, 0)) == (0, 128, 128)
+
+
+def test_without_matplotlib_there_is_a_report_and_a_line(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ran = run(main, tiny_bundle, *QUICK, "--out", tmp_path / "report")
+    assert ran.code == 0, ran
+    assert "first token" in ran.stdout
+    assert [line for line in ran.stderr.splitlines() if "matplotlib" in line and install("plot") in line]
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["profile.json"]
+
+
 def test_not_a_bundle_is_refused(tmp_path: Path) -> None:
     assert_refused(run(main, tmp_path), "it has no bundle.json", "flashvlm-export")
 
 
-def test_nothing_imports_torch() -> None:
-    names = "flashvlm.cli.profile, flashvlm.profiling.measure, flashvlm.profiling.report, flashvlm.profiling.trtexec"
-    code = f"import sys, {names}; sys.exit('torch' in sys.modules or 'onnxruntime' in sys.modules)"
+def test_nothing_heavy_is_imported() -> None:
+    modules = ("cli.profile", "cli.trtexec", "profiling.measure", "profiling.report", "profiling.plot")
+    names = ", ".join(f"flashvlm.{name}" for name in modules)
+    code = f"import sys, {names}; sys.exit(bool({{'torch', 'onnxruntime', 'matplotlib'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

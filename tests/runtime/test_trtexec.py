@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trtexec_files import LAYERS, NAMES_ONLY, PROFILE, TIMES
 
 from flashvlm import FlashVLMError
 from flashvlm.bundle import Bundle
@@ -26,6 +27,7 @@ from flashvlm.profiling.trtexec import (
     OUTSIDE,
     Engines,
     Job,
+    Libraries,
     command,
     find_engines,
     jobs,
@@ -40,35 +42,6 @@ from flashvlm.profiling.trtexec import (
 )
 from flashvlm.sessions.onnxruntime import NUMPY_DTYPES
 from refusals import assert_refused, copy_of, run
-
-# As samples/common/sampleReporting.cpp prints them: spaces around colons, commas before entries.
-TIMES = """[
-  { "startEnqMs" : 10.5, "endEnqMs" : 10.9, "startH2dMs" : 0, "endH2dMs" : 0, "startComputeMs" : 11, "endComputeMs" : 13
-, "startD2hMs" : 0, "endD2hMs" : 0, "h2dMs" : 0, "computeMs" : 2, "d2hMs" : 0, "latencyMs" : 2 }
-, { "startEnqMs" : 13.5, "endEnqMs" : 13.9, "startComputeMs" : 14, "endComputeMs" : 17
-, "h2dMs" : 0, "computeMs" : 3, "d2hMs" : 0, "latencyMs" : 3 }
-, { "startEnqMs" : 17.5, "endEnqMs" : 17.9, "startComputeMs" : 18, "endComputeMs" : 22
-, "h2dMs" : 0, "computeMs" : 4, "d2hMs" : 0, "latencyMs" : 4 }
-]
-"""
-PROFILE = """[
-  { "count" : 310 }
-, { "name" : "Reformatting CopyNode for Input Tensor 0 to /vision/vision_tower/embeddings/patch_embedding/Conv", "timeMs" : 31, "averageMs" : 0.1, "medianMs" : 0.1, "percentage" : 5 }
-, { "name" : "/decoder/language_model/layers.0/self_attn/q_proj/MatMul + /decoder/language_model/layers.0/self_attn/Reshape", "timeMs" : 124, "averageMs" : 0.5, "medianMs" : 0.4, "percentage" : 20 }
-, { "name" : "__myl_MulAddSum_myl0_3", "timeMs" : 310, "averageMs" : 1.1, "medianMs" : 1, "percentage" : 50 }
-, { "name" : "{ForeignNode[/decoder/language_model/layers.1/mlp/gate_proj/MatMul.../decoder/language_model/layers.1/mlp/Mul]}", "timeMs" : 155, "averageMs" : 0.6, "medianMs" : 0.5, "percentage" : 25 }
-]
-"""  # noqa: E501
-LAYERS = """{"Layers": [{
-  "Name": "__myl_MulAddSum_myl0_3", "LayerType": "kgen", "Inputs": [], "Outputs": [], "TacticName": "__myl_MulAddSum",
-  "StreamId": 0,
-  "Metadata": "[ONNX Layer: /decoder/language_model/layers.0/mlp/Mul]\x1f[ONNX Layer: /decoder/language_model/layers.0/mlp/down_proj/MatMul]\x1e[ONNX Layer: /decoder/language_model/layers.0/Add]"
-}],
-"Bindings": ["inputs_embeds"
-,"logits"
-]}
-"""  # noqa: E501
-NAMES_ONLY = '{"Layers": ["/vision/Add"\n,"__myl_Move_myl0_0"\n],\n"Bindings": ["pixel_values"\n]}\n'
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +168,9 @@ def test_with_engines_every_line_loads_one(tiny_gqa_bundle: Path, tmp_path: Path
     assert engines is not None
     assert engines.folder == built
     for job in planned(bundle, engines):
-        line = command(bundle, job, engines, "tensorrt", tmp_path / "out", 20, plugins=[Path("libflashvlm.so")])
+        line = command(
+            bundle, job, engines, "tensorrt", tmp_path / "out", 20, libraries=Libraries((Path("libflashvlm.so"),))
+        )
         assert line[:2] == ["trtexec", f"--loadEngine={built}/{job.graph}.engine"]
         assert "--dynamicPlugins=libflashvlm.so" in line
         assert not any(part.startswith(("--onnx", "--minShapes", "--stronglyTyped")) for part in line)
@@ -396,8 +371,8 @@ def test_without_trtexec_its_origin_is_told(
     rtx = copy_of(tiny_gqa_bundle, tmp_path, "rtx")
     add_engines(rtx, "tensorrt-rtx", "1.7.1")
     assert_refused(run(main, rtx, "--trtexec"), "tensorrt_rtx is not on the PATH", "TensorRT-RTX archive")
-    assert_refused(run(main, rtx, "--trtexec", "--plugin", "x.so"), "runs no plugin layers")
-    assert_refused(run(main, folder, "--trtexec", "--plugin", "x.so"), "--plugin x.so: no such file")
+    assert_refused(run(main, rtx, "--trtexec", "--plugins", "x.so"), "runs no plugin layers")
+    assert_refused(run(main, folder, "--trtexec", "--plugins", "x.so"), "--plugins x.so: no such file")
     assert_refused(run(main, folder, "--trtexec", "--out", tmp_path / "a,b"), "trtexec splits", "','")
 
 
@@ -405,7 +380,7 @@ def test_print_commands_prints_a_script_and_writes_its_inputs(tiny_gqa_bundle: P
     folder = copy_of(tiny_gqa_bundle, tmp_path)
     add_engines(folder)
     out = tmp_path / "report"
-    ran = run(main, folder, "--print-commands", "--out", out, "--budgets", "5")
+    ran = run(main, folder, "--print-commands", "--out", out, "--budget", "5")
     assert ran.code == 0, ran.stderr
     lines = [shlex.split(line) for line in ran.stdout.splitlines()]
     assert [flag(line, "exportTimes") for line in lines] == [

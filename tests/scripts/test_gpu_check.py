@@ -238,8 +238,8 @@ def test_the_report_keeps_its_columns_and_needs_no_rich(tmp_path, monkeypatch, c
 
 def test_a_kernel_that_is_wrong_is_found():
     torch = pytest.importorskip("torch", reason="the references are torch code")
+    from flashvlm_export.testing.references import DEFAULTS, choice64, make, score64
     from gpu_checks.correctness import Tally, compare_choice
-    from gpu_checks.references import DEFAULTS, choice64, make, score64
 
     class Kernels:
         """Right, or with the last token in the place of the one before."""
@@ -295,3 +295,48 @@ def test_sessions_are_compared_stage_by_stage(tiny_bundle, tmp_path):
     failed = [f["name"] for f in read(tmp_path / "found") if not f["passed"]]
     assert len(failed) == 3
     assert all("logits" in name for name in failed)
+
+
+def test_each_graph_is_compared_by_itself(tiny_bundle, tmp_path):
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed; pip install polygraphy")
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+
+    from flashvlm.bundle import Bundle
+    from gpu_checks import graphs
+
+    bundle = Bundle(tiny_bundle, verify=False)
+
+    class Altered:
+        """An ONNX Runtime session of a graph, with some outputs altered."""
+
+        def __init__(self, graph, alter):
+            self.session, self.alter = SessionFromOnnx(str(bundle.graph_file(graph)))(), alter
+
+        def __getattr__(self, name):
+            return getattr(self.session, name)
+
+        def run(self, names, feed):
+            outputs = self.session.run(names, feed)
+            found = zip((node.name for node in self.session.get_outputs()), outputs, strict=True)
+            return [self.alter(name, value) for name, value in found]
+
+    def failing(alter):
+        (tmp_path / "found").unlink(missing_ok=True)
+        record = Record(tmp_path / "found")
+        graphs.compare(record, "x", bundle, lambda graph: OnnxrtRunner(Altered(graph, alter)), capacity=16, seed=3)
+        checks = read(tmp_path / "found")
+        assert {check["name"].partition(":")[0] for check in checks} == {
+            f"x, {graph}" for graph in bundle.manifest.graphs
+        }
+        return {check["name"] for check in checks if not check["passed"]}
+
+    assert failing(lambda name, value: value) == set()
+    assert failing(lambda name, value: value * 1.1 if name == "logits" else value) == {
+        "x, decoder: relative error of logits"
+    }
+    assert failing(lambda name, value: np.full_like(value, np.nan) if name == "saliency" else value) == {
+        "x, vision: relative error of saliency"
+    }
+    assert failing(lambda name, value: value * 0 if name == "kept" else value) == {
+        f"x, select-k{budget}: share of other tokens kept" for budget in (4, 7)
+    }

@@ -1,4 +1,4 @@
-"""scripts/benchmark quality: the exam answers as the pipeline does, and the numbers are what they say."""
+"""scripts/benchmark quality: variants answer as their own pipelines do, and the numbers are what they say."""
 
 from __future__ import annotations
 
@@ -20,89 +20,95 @@ from PIL import Image  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from flashvlm import Pipeline  # noqa: E402
-from flashvlm_export.selection import flashvlm as selection  # noqa: E402
-from flashvlm_export.selection.flashvlm import select  # noqa: E402
-from quality import command, experimental, measures, plot, report, results  # noqa: E402
+from flashvlm.evaluation import Bootstrap, Prediction  # noqa: E402
+from flashvlm.sessions.onnxruntime import OnnxRuntimeSession  # noqa: E402
+from flashvlm_export.selection import METHODS as REGISTRY  # noqa: E402
+from flashvlm_export.selection import select  # noqa: E402
+from quality import command, plot, report  # noqa: E402
 from quality.bundles import Shelf  # noqa: E402
 from quality.command import quality  # noqa: E402
-from quality.harness import Given, asked_patches  # noqa: E402
-from quality.measures import Scored, Subset, score  # noqa: E402
-from quality.resolution import interpolated  # noqa: E402
-from quality.results import Run, Sitting  # noqa: E402
-from quality.variants import EVERYTHING, GRIDS, METHODS, OFFERED, RIVALS, Variant, ablation, parse  # noqa: E402
+from quality.measures import Measure, Scored, measure, score, subsets  # noqa: E402
+from quality.resolution import POOLED, interpolated  # noqa: E402
+from quality.runs import Run, Sitting  # noqa: E402
+from quality.task import Asked, asked_patches, exam_task  # noqa: E402
+from quality.variants import EVERYTHING, GRIDS, METHODS, REFERENCE, Variant, ablation, parse  # noqa: E402
 from scenes.draw import draw, owners  # noqa: E402
 from scenes.exam import exam  # noqa: E402
 
 ITEMS = exam(28)
+TASK = exam_task(ITEMS, "test")
+KEEP = Variant("kept places", "flashvlm", query="prompt", positions="keep")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _methods_as_they_were() -> Iterator[None]:
-    """The benchmark adds its candidates to the tables of this process."""
-    tables = selection.METHODS, selection.READS
-    before = [dict(table) for table in tables]
+    """The benchmark adds a baseline to the registry of this process."""
+    before = dict(REGISTRY)
+    REGISTRY[POOLED.name] = POOLED
     yield
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
+    REGISTRY.clear()
+    REGISTRY.update(before)
 
 
 @pytest.fixture(scope="module")
 def work(tiny_checkpoint: Path, tiny_bundle: Path, once) -> Path:
-    """A work folder that has the bundle already: the shared one, of which only vision and decoder are used."""
-    return once("quality", lambda out: shutil.copytree(tiny_bundle, Shelf(str(tiny_checkpoint), out).bundle_path()))
+    """A work folder, so that each variant is exported once, with two that the shared bundle is: KEEP, and the base, of
+    which only vision and decoder are used."""
+
+    def make(out: Path) -> None:
+        shelf = Shelf(str(tiny_checkpoint), out)
+        for path in (shelf.path(EVERYTHING, ()), shelf.path(KEEP, (4, 7))):
+            shutil.copytree(tiny_bundle, path)
+
+    return once("quality", make)
+
+
+def variant(name: str) -> Variant:
+    return next(variant for variant in METHODS if variant.name == name)
 
 
 def make_run(variant: Variant, budget: int, seed: int, share: float = 0.5) -> Run:
     rng = np.random.default_rng(seed)
-    about = [bool(item.question.about) for item in ITEMS]
-    given = [Given(i, "", bool(rng.random() < share), float(rng.random()) if a else None) for i, a in enumerate(about)]
-    return Run(variant, budget, variant.tokens(budget), given)
+    predictions = [Prediction(item.id, "", float(rng.random() < share)) for item in TASK.items]
+    kept = [float(rng.random()) if item.question.about else None for item in ITEMS]
+    return Run(variant, budget, variant.tokens(budget), predictions, kept)
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
 
 
-def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
-    kind = [item.question.kind in ("counting", "where") for item in ITEMS]
-    a, b = make_run(EVERYTHING, 1, 1).given, make_run(EVERYTHING, 1, 2).given
-    found = Subset(ITEMS, kind, resamples=500).difference(a, b)
-
-    scenes = list(dict.fromkeys(item.scene for item in ITEMS))
-    change = {scene: [] for scene in scenes}
-    for item, wanted, x, y in zip(ITEMS, kind, a, b, strict=True):
-        if wanted:
-            change[item.scene].append(x.right - y.right)
-    drawn = np.random.default_rng(measures.SEED).multinomial(len(scenes), [1 / len(scenes)] * len(scenes), size=500)
-    means = []
-    for counts in drawn:
-        sample = [value for scene, count in zip(scenes, counts, strict=True) for value in change[scene] * count]
-        means.append(np.mean(sample))
-    low, high = np.quantile(means, [0.025, 0.975])
-    assert found.value == pytest.approx(np.mean([v for values in change.values() for v in values]))
-    assert (found.low, found.high) == pytest.approx((low, high))
-    assert found.low < found.value < found.high
-
-
-def test_questions_of_a_scene_count_as_one_draw() -> None:
-    """Scenes that are right or wrong as a whole give the interval of 4 draws, not of 28."""
-    items = exam(7 * 40)
-    right = [Given(i, "", (i // 7) % 2 == 0, None) for i in range(len(items))]
-    wrong = [Given(i, "", False, None) for i in range(len(items))]
-    found = Subset(items, [True] * len(items)).difference(right, wrong)
-    half = 1.96 * np.sqrt(0.25 / 40)
-    assert (found.low, found.high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.03)
+def test_the_task_is_the_exam() -> None:
+    for asked, item in zip(ITEMS, TASK.items, strict=True):
+        assert (item.question, item.answers, item.kind) == (
+            asked.question.text, (asked.question.answer,), asked.question.kind
+        )  # fmt: skip
+        assert np.array_equal(TASK.load(item.images[0]), draw(asked.scene))
+    assert TASK.groups == [str(n // 7) for n in range(28)]
+    assert TASK.version == exam_task(ITEMS, "check").version
 
 
 def test_measures_by_kind() -> None:
-    groups = measures.subsets(ITEMS)
+    groups = subsets(TASK, ITEMS)
     assert {"all", "seen", "held out", "attribute", "ground"} <= set(groups)
-    given = [Given(i, "", item.question.kind == "ground", None) for i, item in enumerate(ITEMS)]
-    ground = sum(item.question.kind == "ground" for item in ITEMS)
-    assert groups["ground"].measure(given) == measures.Measure(ground, 1.0, None)
-    assert groups["all"].measure(given).accuracy == ground / 28
-    sizes = [len(groups[kind].indices) for kind in groups if kind not in ("all", "seen", "held out")]
-    assert sum(sizes) == 28
+    predictions = [Prediction(item.id, "", float(item.kind == "ground")) for item in TASK.items]
+    run = Run(EVERYTHING, 1, 1, predictions, [None] * 28)
+    ground = sum(item.kind == "ground" for item in TASK.items)
+    assert measure(run, groups["ground"]) == Measure(ground, 1.0, None)
+    assert measure(run, groups["all"]).accuracy == ground / 28
+    assert sum(groups[kind].sum() for kind in groups if kind not in ("all", "seen", "held out")) == 28
+    assert sum(groups[name].sum() for name in ("seen", "held out")) == sum(bool(i.question.about) for i in ITEMS)
+
+    a, b = make_run(variant("uniform"), 4, 1), make_run(variant(REFERENCE), 4, 2)
+    first, second = score([a, b, make_run(variant("uniform"), 7, 3)], TASK, ITEMS, b, REFERENCE, {("uniform", 4): 2.5})[
+        :2
+    ]
+    right = [[p.score for p in run.predictions] for run in (a, b)]
+    for name, chosen in groups.items():
+        assert first.against[name] == Bootstrap(TASK.groups, chosen).difference(*right)
+        assert first.by[name].accuracy == np.array(right[0])[chosen].mean()
+    assert first.relative["all"] == sum(right[0]) / sum(right[1])
+    assert first.by["all"].kept == pytest.approx(np.mean([share for share in a.kept if share is not None]))
+    assert (first.select_ms, second.select_ms, second.against) == (2.5, None, {})
 
 
 def test_asked_patches_by_counting_pixels() -> None:
@@ -117,53 +123,62 @@ def test_asked_patches_by_counting_pixels() -> None:
                 expected[row, column] = any((patch == i + 1).mean() >= 0.2 for i in item.question.about)
         found = asked_patches(item.scene, item.question.about, side).reshape(side, side)
         assert (found == expected).all()
-    assert asked_patches(item.scene, item.question.about, 24).sum() >= len(item.question.about)
+    patches = asked_patches(item.scene, item.question.about, 24)
+    assert patches.sum() >= len(item.question.about)
+    first = int(np.flatnonzero(patches)[0])
+    (share,) = Asked([item], 24).kept_shares([Prediction("", "", 1.0, ((first,),))])
+    assert share == 1 / patches.sum()
 
 
-# --- the exam ------------------------------------------------------------------------------------------------------
+# --- runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_those_of_the_pipeline(tiny_bundle: Path, tiny_checkpoint: Path, work: Path) -> None:
+def test_answers_are_those_of_the_variants_pipelines(
+    tiny_checkpoint: Path, tiny_bundle: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sitting = Sitting(str(tiny_checkpoint), work, 7, "test")
-    pipeline = Pipeline.from_bundle(tiny_bundle)  # whole prompt as query, original positions kept
-    variant = Variant("as the bundle", "flashvlm", query="prompt", positions="keep")
-    for run in (sitting.answers(variant, 4), sitting.answers(EVERYTHING, 16)):
-        budget = run.budget if run.budget < 16 else "all"
-        for given, item in zip(run.given, sitting.items, strict=True):
+    seen = []
+    vision = OnnxRuntimeSession.vision
+    monkeypatch.setattr(OnnxRuntimeSession, "vision", lambda *args: seen.append(args) or vision(*args))
+    everything, runs = sitting.everything(), sitting.runs(KEEP, [4, 7])
+    assert len(seen) == 1  # one scene
+    monkeypatch.undo()
+    assert [(run.budget, run.tokens) for run in (everything, *runs)] == [(16, 16), (4, 4), (7, 7)]
+    pipeline = Pipeline.from_bundle(tiny_bundle)
+    for run, budget in ((everything, "all"), *((run, run.budget) for run in runs)):
+        for item, found, kept in zip(sitting.items, run.predictions, run.kept, strict=True):
             image = Image.fromarray(draw(item.scene))
             answer = pipeline.generate(image, item.question.text, budget=budget, max_new_tokens=8)
-            assert given.answer == answer.text
+            assert found.text == answer.text
+            assert found.right == (answer.text == item.question.answer)
             asked = asked_patches(item.scene, item.question.about, 4)
-            assert given.kept == (asked[answer.kept].sum() / asked.sum() if asked.any() else None)
-            assert given.right == (answer.text == item.question.answer)
+            assert kept == (asked[answer.kept].sum() / asked.sum() if asked.any() else None)
+    again = Sitting(str(tiny_checkpoint), work, 7, "test")
+    monkeypatch.setattr(OnnxRuntimeSession, "decode", None)  # what is on disk is not asked again
+    assert again.runs(KEEP, [4, 7]) == runs
 
 
-def test_a_run_that_was_cut_short_goes_on(
-    tiny_checkpoint: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def sitting() -> Sitting:
-        opened = Sitting(str(tiny_checkpoint), work, 14, "check")
-        opened._folder = tmp_path
-        return opened
+def test_variants_share_the_weights_of_their_model(tiny_checkpoint: Path, work: Path) -> None:
+    sitting = Sitting(str(tiny_checkpoint), work, 7, "test")
+    wanted = Variant("few", "uniform", query="prompt", positions="keep")
+    base, bundle = sitting.shelf.base, sitting.shelf.bundle(wanted, [4])
+    selection = bundle.manifest.selection
+    assert (selection.method, selection.budgets) == ("uniform", (4,))
+    assert (selection.query, selection.positions) == ("prompt", "keep")
+    for name in ("decoder.data", "vision.data", "embed_tokens.safetensors"):
+        assert (base.path / name).samefile(bundle.path / name)
+    Pipeline.from_bundle(bundle.path)  # every file is what its manifest says
 
-    def cut(doing: str, done: int) -> None:
-        if doing.startswith("idf+merge") and done:
-            raise KeyboardInterrupt
 
-    (candidate,), whole = parse("idf+merge"), EVERYTHING
-    interrupted = sitting()
-    first = interrupted.answers(whole, 16, cut)
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.answers(candidate, 4, cut)
-    assert [path.name[:4] for path in tmp_path.iterdir()] == ["none"]
-
-    resumed = sitting()
-    monkeypatch.setattr(results, "Exam", None)  # what is on disk is not asked again
-    assert resumed.answers(whole, 16) == first
-    monkeypatch.undo()
-    assert len(resumed.answers(candidate, 4).given) == 14
-    assert len(list(tmp_path.iterdir())) == 2
-    assert resumed.file(candidate, 4) != Sitting(str(tiny_checkpoint), work, 7, "check").file(candidate, 4)
+@pytest.mark.slow
+def test_resolutions_without_selection(tiny_checkpoint: Path, work: Path) -> None:
+    sitting = Sitting(str(tiny_checkpoint), work, 7, "test")
+    for name in ("pooled", "downsampled"):
+        (run,) = sitting.runs(variant(name), [5])
+        assert (run.budget, run.tokens, len(run.predictions)) == (5, 4, 7)
+        assert run.kept == [None] * 7
+    manifest = sitting.shelf.bundle(variant("downsampled"), [4]).manifest
+    assert (manifest.candidates, manifest.visual[0].pixels.crop) == (4, (28, 28))
 
 
 def invoke(*arguments: object) -> Result:
@@ -184,17 +199,22 @@ def test_command_line(tiny_checkpoint: Path, work: Path, tmp_path: Path) -> None
     assert set(runs["uniform"]["against"]) == {"flashvlm"}
     assert "14 questions about 2 held-out scenes" in done.output
 
-    for bad in (["--variants", "nothing"], ["--budgets", "0"], ["--split", "train"], ["--write", tmp_path]):
+    for bad in (["--variants", "nothing"], ["--budgets", "0"], ["--split", "train"], ["--write", tmp_path / "nowhere"]):
         refused = invoke(*common, *bad)
         assert refused.exit_code == 2
         assert "Traceback" not in refused.output
 
 
+def without_blocks(text: str) -> str:
+    return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", r"<!-- \1 -->\n<!-- /\1 -->", text, flags=re.DOTALL)
+
+
+def test_the_tables_of_the_documentation_are_written_by_this() -> None:
+    assert without_blocks((Path(__file__).parents[2] / "docs" / report.DOCUMENT).read_text()) == report.empty()
+
+
 @pytest.mark.slow
 def test_everything_is_exported_and_written(tiny_checkpoint: Path, work: Path, tmp_path: Path) -> None:
-    text = Path(__file__).parents[2].joinpath("docs", "quality.md").read_text()
-    before = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", r"<!-- \1 -->\n<!-- /\1 -->", text, flags=re.DOTALL)
-    (tmp_path / "quality.md").write_text(before)
     common = ("--model", tiny_checkpoint, "--work", work, "--questions", 7, "--rounds", 1, "--budgets", 4)
     done = invoke(*common, "--variants", "all", "--write", tmp_path)
     assert done.exit_code == 0, done.output
@@ -204,44 +224,16 @@ def test_everything_is_exported_and_written(tiny_checkpoint: Path, work: Path, t
     )
     assert set(methods) == {"none", *(variant.name for variant in METHODS)}
     offered = {variant.name for variant in parse("all")} - set(methods)
-    assert set(others) == {"none", *RIVALS, OFFERED, *offered}
+    assert set(others) == {"none", REFERENCE, *offered}
     assert methods["downsampled"]["by"]["all"]["kept"] is None
-    after = (tmp_path / "quality.md").read_text()
-    for row in ("`downsampled`", "eta 0.25", "`idf+lloyd`"):
+    after = (tmp_path / report.DOCUMENT).read_text()
+    for row in ("`downsampled`", "eta 0.25"):
         assert f"| {row} |" in after
-    assert re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", r"<!-- \1 -->\n<!-- /\1 -->", after, flags=re.DOTALL) == before
+    assert without_blocks(after) == report.empty()
     assert (tmp_path / "quality.png").stat().st_size > 0
 
 
-# --- methods of the benchmark --------------------------------------------------------------------------------------
-
-
-def test_candidates_are_methods() -> None:
-    """Distinct ascending valid tokens; the same alone as in a batch, and with or without padding of the question."""
-    torch.manual_seed(0)
-    tokens, features, saliency = torch.randn(2, 49, 32), torch.randn(2, 49, 24), torch.rand(2, 49)
-    query, mask, valid = torch.randn(2, 6, 32), torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 49, dtype=torch.bool)
-    mask[1, 4:], valid[1, 40:] = False, False
-    names = [f"{relevance}+merge" for relevance in experimental.RELEVANCE]
-    names += [f"idf+{rest}" for rest in experimental.REST]
-    experimental.register(np.random.default_rng(0).normal(size=(50, 32)))
-    for name in names:
-        for budget in (1, 12):
-            batch = select(tokens, features, saliency, query, mask, valid, method=name, budget=budget)
-            assert batch.kept.shape == (2, budget), name
-            assert (batch.kept.diff(dim=1) > 0).all(), name
-            assert valid.gather(1, batch.kept).all(), name
-            alone = select(
-                tokens[1:], features[1:], saliency[1:], query[1:, :4], None, valid[1:], method=name, budget=budget
-            )
-            assert torch.equal(alone.kept, batch.kept[1:]), name
-    ours = select(tokens, features, saliency, query, mask, valid, budget=12)
-    same = select(tokens, features, saliency, query, mask, valid, method="pooled+lloyd", budget=12)
-    merged = select(tokens, features, saliency, query, mask, valid, method="pooled+merge", budget=12)
-    assert torch.equal(ours.kept, same.kept)
-    assert torch.equal(ours.kept, merged.kept)
-    assert torch.equal(ours.visual_embeds[ours.is_top], merged.visual_embeds[ours.is_top])
-    assert not torch.allclose(ours.visual_embeds, merged.visual_embeds)
+# --- variants ------------------------------------------------------------------------------------------------------
 
 
 def test_positions_are_interpolated_around_cls() -> None:
@@ -254,18 +246,31 @@ def test_positions_are_interpolated_around_cls() -> None:
     assert torch.allclose(small[1:7, 0], torch.arange(6) * 4 + 1.5, atol=0.2)
 
 
+def test_pooled_tokens_are_adaptive_averages() -> None:
+    grid = torch.randn(2, 8, 7, 7, generator=torch.Generator().manual_seed(0))
+    tokens = grid.flatten(2).transpose(1, 2)  # [B, 49, 8]
+    for side in (1, 3, 5):  # cells of unequal sizes, which overlap
+        wanted = torch.nn.functional.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
+        found = select(tokens, tokens, tokens[:, :, 0], tokens, method="pooled", budget=side * side)
+        assert torch.allclose(found.visual_embeds, wanted, atol=1e-6)
+
+
 def test_variants() -> None:
     assert [v.name for v in parse("eta=0.25,flashvlm,eta=0.25")] == ["eta=0.25", "flashvlm"]
-    (named,) = parse("idf+merge:eta=0.75:query=prompt")
-    assert (named.method, named.params, named.query) == ("idf+merge", {"eta": 0.75}, "prompt")
+    (named,) = parse("flashvlm-contrast:eta=0.75:query=prompt")
+    assert (named.method, named.params, named.query) == ("flashvlm-contrast", {"eta": 0.75}, "prompt")
     for parameter, values in GRIDS.items():
         assert METHODS[0] in [ablation(parameter, value) for value in values], parameter
     assert set(command._plans(parse("ablations"), None, None)) == {"check"}
     assert set(command._plans(parse("all"), None, None)) == {"test", "check"}
     downsampled = next(variant for variant in METHODS if variant.name == "downsampled")
     assert [downsampled.tokens(b) for b in (192, 128, 64, 32, 16, 8)] == [196, 121, 64, 36, 16, 9]
-    for bad in ("idf", "idf+nothing", "idf+merge:speed=1", "idf+merge:eta"):
-        with pytest.raises(ValueError, match=bad.partition(":")[2].partition("=")[0] or bad.partition("+")[0]):
+    for bad, words in {
+        "nothing": "unknown variant 'nothing'; expected methods, ablations, all, or one of flashvlm, ",
+        "trim:speed=1": "unknown parameter 'speed' in 'trim:speed=1'; expected one of eta, ",
+        "flashvlm:eta": "eta in 'flashvlm:eta': expected a value such as eta=0.5, found 'eta'",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(words)):
             parse(bad)
 
 
@@ -280,9 +285,7 @@ def scored() -> tuple[report.Scores, list[Scored]]:
     runs = [make_run(v, b, i * 10 + j, 0.3 + 0.05 * i) for i, v in enumerate(METHODS) for j, b in enumerate(budgets)]
     others = [v for v in parse("ablations") if v not in METHODS]
     runs += [make_run(v, b, 999 + i) for i, v in enumerate(others) for b in (64, 32, 16)]
-    rivals = [run for run in runs if run.variant.name in RIVALS]
-    (whole,) = score([everything], ITEMS, everything, [], {})
-    found = score(runs, ITEMS, everything, rivals, {("flashvlm", 64): 1.234})
+    whole, *found = score([everything, *runs], TASK, ITEMS, everything, REFERENCE, {("flashvlm", 64): 1.234})
     return report.Scores(whole, found), found
 
 
@@ -298,7 +301,7 @@ def test_tables(scored: tuple[report.Scores, list[Scored]]) -> None:
     assert "1.23" in text
     assert "(196 tokens)" in text
     rival = next(s for s in found if (s.run.variant.name, s.run.budget) == ("uniform", 16))
-    difference = rival.against["flashvlm"]["all"]
+    difference = rival.against["all"]
     assert report.interval(difference) in text
     assert report.interval(difference).startswith("**") == difference.is_clear
 
@@ -318,16 +321,14 @@ def test_blocks_replace_only_what_is_between_their_markers(tmp_path: Path) -> No
 
 
 def test_every_block_that_was_run_is_written(scored: tuple[report.Scores, list[Scored]], tmp_path: Path) -> None:
-    scores, found = scored
-    document = tmp_path / "quality.md"
-    names = ("methods", "ablations", "experimental")
-    document.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names))
+    scores, _ = scored
     conditions = report.Conditions("scripts/benchmark quality", "demo", 28, 4, "test", "a machine")
-    command._write(tmp_path, scores, conditions, [each.run.variant.name for each in found])
-    methods, ablations, experimental_ = (document.read_text().split(f"<!-- /{name} -->")[0] for name in names)
+    command._write(tmp_path, scores, conditions)
+    methods, ablations = (
+        (tmp_path / report.DOCUMENT).read_text().split(f"<!-- /{name} -->")[0] for name in report.TITLES
+    )
     assert "| `downsampled` |" in methods
     assert "| eta 0.25 |" in ablations
-    assert experimental_.endswith("<!-- experimental -->\n")  # no candidate was run
     assert Image.open(tmp_path / "quality.png").size[0] > 1000
 
 

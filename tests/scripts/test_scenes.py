@@ -11,7 +11,7 @@ import pytest
 
 from demo_model.words import ATTRIBUTES, patch_labels, scene_labels
 from scenes.draw import draw, owners
-from scenes.exam import exam
+from scenes.exam import conversations, exam
 from scenes.questions import KINDS, NUMBERS, ask
 from scenes.world import COLORS, GRID, PATCH, PATTERNS, SHAPES, SIZES, Scene, Thing, sample_scene
 
@@ -161,3 +161,12 @@ def test_patch_labels_tell_what_a_patch_shows() -> None:
         assert scene_labels(scene).sum() == len({(t.color, t.shape) for t in scene.things}) + 1 + len(
             {t.character for t in scene.things if t.character}
         )
+
+
+def test_every_turn_of_conversations_asks_each_kind_as_often() -> None:
+    items = exam(70)
+    talks = conversations(70, 4)
+    assert [{item.scene.seed for item in talk} for talk in talks] == [{item.scene.seed} for item in items[::7]]
+    assert all(len({item.question.text for item in talk}) == 4 and set(talk) <= set(items) for talk in talks)
+    for turn in zip(*conversations(7 * 7, 4), strict=True):
+        assert len({items.index(item) % 7 for item in turn}) == 7

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from flashvlm.processor import TextProcessor
 from safetensors.torch import load_file
 
-from demo_model import batches, build, ship, train
+from demo_model import batches, build, evaluate, ship, train
 from demo_model.batches import Batches, Plan
 from demo_model.stages import STAGES, Demo, Stage
 from demo_model.turns import IGNORED, Turns
 from demo_model.words import ATTRIBUTES, OF_THINGS
+from flashvlm_export.checkpoint import SHIPPED
+from scenes.exam import conversations
 from scenes.questions import NUMBERS, Question, ask
 from scenes.world import sample_scene
 
@@ -35,6 +38,7 @@ class Killed(Exception):  # noqa: N818
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_stage_resumes_to_the_same_weights(
     processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +69,7 @@ def test_a_killed_stage_resumes_to_the_same_weights(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_two_processes_average_their_gradients(
     processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +118,20 @@ def test_each_stage_moves_only_what_it_trains(processor: Path, monkeypatch: pyte
         assert all(any(n.startswith(prefix) for n in moved) for prefix in STAGES[name].trained)
 
 
+def test_a_stage_can_train_a_part_alone(processor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STAGES, "words", small("words", pixels=False, labels=True, grounds=(3, 3)))
+    for file in processor.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    rates: list[float] = []
+
+    def report(step: int, losses: dict[str, float]) -> None:
+        rates.append(losses["rate"])
+
+    written = load_file(train.train("words", 1, tmp_path, (), report, 1, 0, only=("nouns.",), pace=2.0))
+    assert {name.split(".")[0] for name in written} == {"nouns"}
+    assert rates == [2 * 1e-3 / train.WARM_UP]
+
+
 def test_a_shipped_model_can_be_trained_on(processor: Path, tmp_path: Path) -> None:
     demo = train.load_demo(processor)
     with torch.no_grad():
@@ -128,12 +147,28 @@ def test_a_shipped_model_can_be_trained_on(processor: Path, tmp_path: Path) -> N
 
 def test_targets_are_the_answers(processor: Path) -> None:
     turns = Turns(processor)
-    encoded = turns.encode([[("What color is the star?", "red"), ("Where is it?", "top left")]], [5])
+    encoded = turns.encode([[[("What color is the star?", "red")], [("Where is it?", "top left")]]], [5])
     assert (encoded["prefix_ids"][0] == turns.image_id).sum() == 5
     targets, number = encoded["targets"], encoded["number"]
     answers = [targets[(number == i) & (targets != IGNORED)].tolist() for i in range(2)]
     words = [turns.word_ids()[a, w].item() for a, w in ((0, 1), (7, 1), (8, 1))]  # red, top, left
     assert answers == [[words[0], turns.end_id], [words[1], words[2], turns.end_id]]
+    together = turns.encode([[[("What color is the star?", "red"), ("Where is it?", "top left")]]], [5])["targets"]
+    assert together[together != IGNORED].tolist() == [*answers[0], *answers[1]]
+
+
+def test_a_conversation_is_what_the_chat_template_renders(processor: Path) -> None:
+    turns, messages = Turns(processor), []
+    for i, (question, answer) in enumerate(ASKED):
+        content = [{"type": "image"}] * (not i) + [{"type": "text", "text": question}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        prompt = TextProcessor.from_folder(processor).encode(messages[:-1], turns.image_id).input_ids.tolist()
+        assert turns.prompt(ASKED[:i], question, 1).tolist() == prompt
+    encoded = turns.encode([[ASKED]], [1])
+    ids = [*encoded["prefix_ids"][0].tolist(), *encoded["question_ids"][encoded["number"] == 0].tolist()]
+    assert ids[: len(prompt)] == prompt
+    assert turns.decode(ids[len(prompt) : -1]) == ASKED[-1][1]
+    assert ids[-1] == turns.end_id
 
 
 def test_nouns_stand_for_the_things_they_name(processor: Path) -> None:
@@ -190,19 +225,20 @@ ASKED = [
 ]
 
 
-def test_a_question_among_others_reads_as_it_would_alone(processor: Path) -> None:
+def test_a_conversation_among_others_reads_as_it_would_alone(processor: Path) -> None:
     """Beside other questions and in a batch with a longer image, and as transformers' own attention reads it."""
     demo, turns = train.load_demo(processor).eval(), Turns(processor)
     visual = torch.randn(5 + 9, demo.config.text_config.hidden_size)
+    chats = [[one] for one in ASKED] + [ASKED[:2], ASKED[1:]]
     with torch.no_grad():
-        encoded = turns.encode([ASKED, ASKED[:1]], [5, 9])
-        assert encoded["number"].shape[1] == 2  # slots
+        encoded = turns.encode([chats, chats[:1]], [5, 9])
+        assert encoded["number"].shape[1] > 1  # slots
         states, targets = demo.read(encoded, visual)
         hidden = states[-1]
         model = demo.model.language_model
         model.config._attn_implementation = "eager"
-        for i, one in enumerate(ASKED):
-            alone = turns.encode([[one]], [5])
+        for i, chat in enumerate(chats):
+            alone = turns.encode([[chat]], [5])
             ids = torch.cat([alone["prefix_ids"], alone["question_ids"][alone["number"] == 0][None]], 1)
             embedded = model.embed_tokens(ids)
             embedded[ids == turns.image_id] = visual[:5]
@@ -211,6 +247,33 @@ def test_a_question_among_others_reads_as_it_would_alone(processor: Path) -> Non
             asked = (encoded["number"][0, :, 1:] == i) & (targets[0] != IGNORED)
             assert asked.any()
             assert torch.allclose(hidden[0][asked], own[wanted], atol=1e-5)
+
+
+def test_plans_ask_some_questions_in_conversations(processor: Path) -> None:
+    """Each turn of a conversation has its nouns, and answers of its own to learn."""
+    batch = Batches(Plan(3, 9, (24,), pixels=True, labels=True, turns=(4, 2)), "answer", range(1), processor)[0]
+    end = Turns(processor).end_id
+    for number, targets in zip(batch["number"], batch["targets"], strict=True):
+        assert [(targets[number == i] == end).sum() for i in range(5)] == [4, 2, 1, 1, 1]
+    assert (batch["number"].max(), batch["position_ids"].max() > 576 + 64) == (4, True)
+
+
+def test_own_answers_are_what_training_reads(processor: Path, tmp_path: Path) -> None:
+    """Said one token at a time behind what was said before, with the shipped weights."""
+    ship.unpack(SHIPPED["demo"], tmp_path)
+    demo, turns = train.load_demo(processor, tmp_path / "answer.safetensors").eval(), Turns(processor)
+    history: list[tuple[str, str]] = []
+    with torch.inference_mode():
+        (asked,) = conversations(7, 3)
+        visual = evaluate._visual(demo, asked[0].scene)
+        for item in asked:
+            answer = evaluate._answer(demo, turns, visual, history, item.question.text)
+            history.append((item.question.text, answer))
+        states, targets = demo.read(turns.encode([[history]], [len(visual)]), visual)
+        likeliest = demo.lm_head(states[-1]).argmax(-1)
+    assert torch.equal(likeliest[targets != IGNORED], targets[targets != IGNORED])
+    right = [float(answer == item.question.answer) for (_, answer), item in zip(history, asked, strict=True)]
+    assert evaluate.accuracy_by_turn(demo, processor, 7, 3, "test") == right
 
 
 def test_windows_see_their_own_place(processor: Path) -> None:

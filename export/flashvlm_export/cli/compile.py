@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashvlm.cli import support
+from flashvlm.cli import options, support
 from flashvlm.errors import FlashVLMError
+from flashvlm.sizes import format_size
 
 if TYPE_CHECKING:
     from flashvlm_export.compile.engines import CompileReport
@@ -24,7 +26,7 @@ class TargetName(str, Enum):
 
 @app.command()
 def compile(
-    bundle: Annotated[Path, typer.Argument(help="Folder that flashvlm-export wrote.")],
+    bundle: options.BundleFolder,
     target: Annotated[TargetName, typer.Option(help="Compiler and runtime.")] = TargetName.tensorrt,
     compute_capability: Annotated[
         str | None, typer.Option(help="GPUs to build for with tensorrt-rtx, such as 8.9 or 8.9,12.0.")
@@ -32,7 +34,7 @@ def compile(
     max_seq: Annotated[int | None, typer.Option(help="KV capacity of the engines; the bundle's if not given.")] = None,
     max_batch: Annotated[int, typer.Option(help="Largest batch.")] = 1,
     max_query: Annotated[int, typer.Option(help="Longest question, in tokens.")] = 512,
-    workspace: Annotated[float | None, typer.Option(help="Memory the compiler may use on the GPU, in GiB.")] = None,
+    workspace: Annotated[float | None, typer.Option(help="Memory the compiler may use on the GPU, in GB.")] = None,
     optimization_level: Annotated[
         int | None, typer.Option(min=0, max=5, help="0 builds fastest, 5 runs fastest.")
     ] = None,
@@ -48,15 +50,15 @@ def compile(
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="Engines that later versions load too.")
     ] = False,
-    plugins: Annotated[
-        Path | None, typer.Option(help="Plugin library for the selection, such as build/libflashvlm_plugins.so.")
-    ] = None,
+    plugins: options.Plugins = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what still matches.")] = False,
+    json_output: options.Json = False,
+    version: options.Version = False,
 ) -> None:
     """Build TensorRT engines for every graph of a bundle."""
     from flashvlm_export.compile.engines import CompileOptions, compile_bundle
 
-    options = CompileOptions(
+    wanted = CompileOptions(
         bundle=bundle,
         target=target.value,
         compute_capabilities=_capabilities(compute_capability),
@@ -73,17 +75,17 @@ def compile(
         force=force,
     )
     with support.bars() as progress:
-        report = compile_bundle(options, progress.start)
-    _summary(report)
+        report = compile_bundle(wanted, progress.start)
+    _print_json(report) if json_output else _summary(report)
 
 
-def _workspace(gibibytes: float | None) -> int | None:
-    """GiB -> bytes."""
-    if gibibytes is None:
+def _workspace(gigabytes: float | None) -> int | None:
+    """GB -> bytes."""
+    if gigabytes is None:
         return None
-    if not 0 < gibibytes < 1 << 20:  # also refuses NaN
-        raise FlashVLMError(f"--workspace {gibibytes}: expected GiB above 0 and under {1 << 20:,}")
-    return int(gibibytes * 2**30)
+    if not 0 < gigabytes < 1e6:  # also refuses NaN
+        raise FlashVLMError(f"--workspace {gigabytes}: expected GB above 0 and under {10**6:,}")
+    return round(gigabytes * 1e9)
 
 
 def _capabilities(text: str | None) -> tuple[str, ...]:
@@ -98,6 +100,12 @@ def _capabilities(text: str | None) -> tuple[str, ...]:
     return parts
 
 
+def _print_json(report: CompileReport) -> None:
+    """The engines' manifest, and how it came about."""
+    values = {"folder": str(report.folder), "seconds": round(report.seconds, 3), "reused": list(report.reused)}
+    typer.echo(json.dumps({**values, **report.manifest.model_dump(mode="json")}, indent=1))
+
+
 def _summary(report: CompileReport) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -107,7 +115,7 @@ def _summary(report: CompileReport) -> None:
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name, engine in report.manifest.engines.items():
         seconds = "reused" if name in report.reused else f"{engine.build_seconds:.1f}"
-        table.add_row(name, support.megabytes(engine.size), seconds, f"{engine.peak_rss / 2**20:.0f} MiB")
+        table.add_row(name, format_size(engine.size), seconds, format_size(engine.peak_rss))
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(f"{report.folder} in {report.seconds:.1f} s", highlight=False)

@@ -1,7 +1,14 @@
-"""One graph of a bundle -> one engine: parse, pin the KV capacity, set shapes and flags, build."""
+"""One graph of a bundle -> one engine: parse, pin the KV capacity, set shapes and flags, build.
+
+Shapes and flags go through Polygraphy's ``Profile`` and ``CreateConfig``. Its other loaders do less than we need:
+
+    NetworkFromOnnxPath     parses a file; ours is edited in memory, and a parser's reasons are printed, not told
+    EngineBytesFromNetwork  prints its progress, tells no reason, and writes the timing cache in place
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from flashvlm.bundle import Bundle
-from flashvlm.engines import MODULES, BuildFlags, local_capability
+from flashvlm.engines import MODULES, BuildFlags, largest_sizes, local_capability
 from flashvlm.errors import FlashVLMError
 from flashvlm.files import atomic_file, read_bytes, sha256
 from flashvlm.graph_io import TensorSpec
-from flashvlm.manifest import GraphSpec
+from flashvlm.sessions.contract import shape_of
+from flashvlm.sessions.tensorrt_log import MESSAGES, logger
 from flashvlm_export.compile import plugin_nodes
 
 # Shapes the compiler tunes for: one decode step's neighbourhood would starve prefill, the maximum starves both.
-TYPICAL = {"batch": 1, "sequence": 128, "query": 32, "prefix": 16, "suffix": 64}
+TYPICAL = {"batch": 1, "sequence": 128, "query": 32, "prefix": 16, "suffix": 64, "units": 64}
 
 MAX_TIMING_CACHE = 1 << 30  # bytes
 
@@ -28,7 +36,6 @@ def build_engine(
     trt: Any,
     bundle: Bundle,
     name: str,
-    graph: GraphSpec,
     flags: BuildFlags,
     cache: Path | None,
     out: Path,
@@ -42,27 +49,22 @@ def build_engine(
     Raises:
         FlashVLMError: the compiler cannot take the graph or fails to build it, with its own first reason.
     """
-    messages: list[str] = []
-    logger = _logger(trt, messages)
-    builder = trt.Builder(logger)
+    MESSAGES.clear()
+    graph, path = bundle.graph(name), bundle.graph_file(name)
+    builder = trt.Builder(logger(trt))
     network = builder.create_network(_network_flags(trt))
-    parser = trt.OnnxParser(network, logger)
-    path = bundle.graph_file(name)
+    parser = trt.OnnxParser(network, logger(trt))
     if not parser.parse(_pinned(path, flags.max_seq, to_plugins), str(path)):
         raise FlashVLMError(f"{trt.__name__} {trt.__version__} cannot take {graph.file}: {_parser_errors(parser)}")
-    config = builder.create_builder_config()
-    _configure(trt, config, flags)
-    profile = builder.create_optimization_profile()
-    for tensor in graph.inputs:
-        profile.set_shape(tensor.name, *_shapes(tensor, _largest(graph, flags)))
-    config.add_optimization_profile(profile)
-    config.progress_monitor = _monitor(trt, name, start)
+    shapes = {tensor.name: _shapes(tensor, largest_sizes(bundle, name, flags)) for tensor in graph.inputs}
+    config = _config(trt, builder, network, shapes, flags, _monitor(trt, name, start))
     with _timing_cache(config, cache):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         hint = "stripping weights needs a GPU: " if flags.strip_weights and local_capability() is None else ""
-        reason = "; ".join(messages[-2:])
-        raise FlashVLMError(f"{trt.__name__} {trt.__version__} failed to build {graph.file}: {hint}{reason}")
+        raise FlashVLMError(
+            f"{trt.__name__} {trt.__version__} failed to build {graph.file}: {hint}{'; '.join(MESSAGES)}"
+        )
     with out.open("wb") as file:
         file.write(plan)
     return out.stat().st_size, sha256(out)
@@ -88,27 +90,11 @@ def _pinned(path: Path, max_seq: int, to_plugins: bool = False) -> bytes:
     return model.SerializeToString()
 
 
-def _largest(graph: GraphSpec, flags: BuildFlags) -> dict[str, int]:
-    """The largest size of each symbol; a fused prefill shares the capacity between prefix, image and suffix."""
-    budget = next((tensor.shape[1] for tensor in graph.outputs if tensor.name == "kept"), 0)
-    room = flags.max_seq - int(budget)
-    prefix = max(room // 4, 1)
-    return {
-        "batch": flags.max_batch,
-        "query": flags.max_query,
-        "sequence": flags.max_seq,
-        "prefix": prefix,
-        "suffix": max(room - prefix, 1),
-        "capacity": flags.max_seq,
-    }
-
-
-def _shapes(tensor: TensorSpec, largest: dict[str, int]) -> list[list[int]]:
+def _shapes(tensor: TensorSpec, largest: dict[str, int]) -> list[tuple[int, ...]]:
     """Smallest, typical and largest shape of an input."""
     fixed = {"capacity": largest["capacity"]}
-    smallest = dict.fromkeys(largest, 1) | fixed
-    typical = {symbol: min(size, largest[symbol]) for symbol, size in TYPICAL.items()} | fixed
-    return [[d if isinstance(d, int) else sizes[d] for d in tensor.shape] for sizes in (smallest, typical, largest)]
+    typical = {symbol: min(size, TYPICAL.get(symbol, size)) for symbol, size in largest.items()}
+    return [shape_of(tensor, sizes) for sizes in (dict.fromkeys(largest, 1) | fixed, typical | fixed, largest)]
 
 
 def _network_flags(trt: Any) -> int:
@@ -117,34 +103,59 @@ def _network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _configure(trt: Any, config: Any, flags: BuildFlags) -> None:
-    if hasattr(config, "set_compute_capability"):
-        config.num_compute_capabilities = len(flags.compute_capabilities)
-        for i, capability in enumerate(flags.compute_capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, sm_name(capability)), i)
-    if flags.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, flags.workspace)
-    if flags.optimization_level is not None:
-        config.builder_optimization_level = flags.optimization_level
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        # TensorRT-RTX: without it a decode step may allocate, and then no CUDA graph can be captured.
+def _config(
+    trt: Any, builder: Any, network: Any, shapes: dict[str, list[tuple[int, ...]]], flags: BuildFlags, monitor: Any
+) -> Any:
+    """The builder's configuration: by Polygraphy, and after it what Polygraphy has no word for."""
+    rtx = trt.__name__ == MODULES["tensorrt-rtx"]
+    if rtx and flags.version_compatible:  # it lists the flag, but ships no lean runtime to go with it
+        raise FlashVLMError(f"{trt.__name__} {trt.__version__} has no version_compatible; leave that option out")
+    _bind_polygraphy(trt)
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import CreateConfig, Profile
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    profile = Profile()
+    for name, (smallest, typical, largest) in shapes.items():
+        profile.add(name, smallest, typical, largest)
+    options: dict[str, Any] = {
+        "memory_pool_limits": {} if flags.workspace is None else {trt.MemoryPoolType.WORKSPACE: flags.workspace},
+        "builder_optimization_level": flags.optimization_level,
+        "weight_streaming": flags.weight_streaming,
+        "strip_plan": flags.strip_weights,
+        "version_compatible": flags.version_compatible,
+        # Layer names with the graph paths they come from: flashvlm-profile --trtexec sums by them.
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+        "progress_monitor": monitor,
+    }
+    if rtx:
+        options["compute_capabilities"] = [tuple(map(int, c.split("."))) for c in flags.compute_capabilities]
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):  # it prints even what it raises
+            config = (CreateConfigRTX if rtx else CreateConfig)(profiles=[profile], **options)(builder, network)
+    except PolygraphyException as error:
+        raise FlashVLMError(f"{' '.join(str(error).split()).rstrip('.')}; leave that option out") from None
+    if flags.strip_weights:
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not flags.weight_streaming:
+        # TensorRT-RTX: without it a decode step may allocate, and then no CUDA graph can be captured. Streamed weights
+        # are allocated while it runs: it refuses both at once.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    for wanted, flag in (
-        (flags.weight_streaming, "WEIGHT_STREAMING"),
-        (flags.strip_weights, "STRIP_PLAN"),
-        (flags.strip_weights, "REFIT_IDENTICAL"),
-        (flags.version_compatible, "VERSION_COMPATIBLE"),
-    ):
-        if wanted:
-            # TensorRT-RTX lists the flag but ships no lean runtime to go with it.
-            missing = flag == "VERSION_COMPATIBLE" and trt.__name__ == MODULES["tensorrt-rtx"]
-            if missing or not hasattr(trt.BuilderFlag, flag):
-                raise FlashVLMError(f"{trt.__name__} {trt.__version__} has no {flag}; leave that option out")
-            config.set_flag(getattr(trt.BuilderFlag, flag))
-    # Layer names with the graph paths they come from: flashvlm-profile --trtexec sums by them.
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # Half-precision scores divided by a temperature of 0.016 would reorder tokens; TF32 has the same 10 bits.
     config.clear_flag(trt.BuilderFlag.TF32)
+    return config
+
+
+def _bind_polygraphy(trt: Any) -> None:
+    """Makes Polygraphy's loaders call this library. Its own switch holds for a process, from the first import on."""
+    try:
+        from polygraphy import config
+    except ImportError:
+        raise FlashVLMError("polygraphy is not installed; install it with: pip install polygraphy") from None
+    config.USE_TENSORRT_RTX = trt.__name__ == MODULES["tensorrt-rtx"]
+    for name in ("trt.config", "trt.util", "tensorrt_rtx.config"):
+        vars(importlib.import_module(f"polygraphy.backend.{name}"))["trt"] = trt
 
 
 def _parser_errors(parser: Any) -> str:
@@ -155,20 +166,6 @@ def _parser_errors(parser: Any) -> str:
         operator = error.local_function_stack()[0] if error.local_function_stack() else error.node_operator()
         reasons.setdefault(operator or "graph", f"{operator or 'graph'} ({error.node_name()}: {error.desc()})")
     return "; ".join(reasons.values()) or "no reason given"
-
-
-def _logger(trt: Any, messages: list[str]) -> Any:
-    """Collects errors for the one line a refusal has; the compiler would print them."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                messages.append(" ".join(message.split()))
-
-    return Logger()
 
 
 def _monitor(trt: Any, name: str, start: Start) -> Any:
@@ -200,7 +197,10 @@ def _monitor(trt: Any, name: str, start: Start) -> Any:
 
 @contextmanager
 def _timing_cache(config: Any, path: Path | None) -> Iterator[None]:
-    """Loads a timing cache and, under a lock, merges into it what the build learned: builds may run side by side."""
+    """Loads a timing cache and, under a lock, merges into it what the build learned: builds may run side by side.
+
+    Polygraphy reads any file whole, locks a second one beside it, and may leave half a cache behind.
+    """
     if path is None:
         yield
         return
@@ -235,8 +235,3 @@ def _known(path: Path) -> bytes:
         return read_bytes(path, MAX_TIMING_CACHE)
     except FileNotFoundError:
         return b""
-
-
-def sm_name(capability: str) -> str:
-    """``SM89`` for ``8.9``: TensorRT-RTX's own name."""
-    return "SM" + capability.replace(".", "")

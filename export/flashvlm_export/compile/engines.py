@@ -34,7 +34,7 @@ from flashvlm.engines import (
 from flashvlm.errors import BundleError, FlashVLMError
 from flashvlm.files import atomic_folder, make_folder, refuse_link, sha256
 from flashvlm_export.compile import plugin_nodes
-from flashvlm_export.compile.builder import Start, build_engine, sm_name
+from flashvlm_export.compile.builder import Start, build_engine
 from flashvlm_export.output import check_space, foreign_to_engines
 
 
@@ -101,7 +101,7 @@ def compile_bundle(options: CompileOptions, start: Start = lambda *_: lambda _: 
                 continue
             began = time.perf_counter()
             cache, to_plugins = options.timing_cache, bool(plugins)
-            size, digest = build_engine(trt, bundle, name, graph, flags, cache, out / engine, start, to_plugins)
+            size, digest = build_engine(trt, bundle, name, flags, cache, out / engine, start, to_plugins)
             files = bundle.manifest.files
             engines[name] = EngineSpec(
                 file=engine,
@@ -145,7 +145,7 @@ def _weight_bytes(bundle: Bundle) -> int:
 
 def _check_types(bundle: Bundle) -> None:
     model = bundle.manifest
-    if model.model.dtype == "float32" and model.dialect == "modern":
+    if model.model.dtypes.activations == "float32" and model.dialect == "modern":
         raise FlashVLMError(
             f"{bundle.path} is float32, for which TensorRT's Attention has no kernel; "
             f"export with --dtype float16 or bfloat16, or with --dialect legacy"
@@ -165,29 +165,20 @@ def _flags(options: CompileOptions, bundle: Bundle, trt: Any) -> BuildFlags:
             raise FlashVLMError(f"--max-{option} {size}: expected 1 to {max(largest, 512)}")
     if options.workspace is not None and not 0 < options.workspace < 1 << 50:
         raise FlashVLMError(f"--workspace of {options.workspace} bytes: expected more than 0 and under 2^50")
-    return BuildFlags(
-        compute_capabilities=_capabilities(options, trt),
-        max_seq=max_seq,
-        max_batch=options.max_batch,
-        max_query=min(options.max_query, max_seq),
-        workspace=options.workspace,
-        optimization_level=options.optimization_level,
-        weight_streaming=options.weight_streaming,
-        strip_weights=options.strip_weights,
-        version_compatible=options.version_compatible,
-    )
+    given = {name: getattr(options, name) for name in BuildFlags.model_fields}
+    sizes = {"max_seq": max_seq, "max_query": min(options.max_query, max_seq)}
+    return BuildFlags(**given | sizes | {"compute_capabilities": _capabilities(options, trt)})
 
 
 def _capabilities(options: CompileOptions, trt: Any) -> tuple[str, ...]:
     asked = options.compute_capabilities
     if options.target == "tensorrt-rtx":
-        known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+        names = (name for name in dir(trt.ComputeCapability) if name.startswith("SM"))
+        known = sorted((f"{name[2:-1]}.{name[-1]}" for name in names), key=float)  # SM120 -> 12.0
         for capability in asked:
-            if sm_name(capability) not in known:
-                have = ", ".join(sorted((f"{n[2:-1]}.{n[-1]}" for n in known), key=lambda v: float(v)))
-                raise FlashVLMError(
-                    f"--compute-capability {capability}: {trt.__name__} {trt.__version__} builds for {have}"
-                )
+            if capability not in known:
+                version = f"{trt.__name__} {trt.__version__}"
+                raise FlashVLMError(f"--compute-capability {capability}: {version} builds for {', '.join(known)}")
         if not asked:
             raise FlashVLMError(
                 "--compute-capability is needed to build for another machine's GPU, such as 8.9 or 12.0"

@@ -10,12 +10,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from flashvlm.errors import CheckpointError
-from flashvlm.graph_io import FloatType
-from flashvlm.images import ImagePreprocess
-from flashvlm.manifest import ModelSpec
+from flashvlm.graph_io import VISION
+from flashvlm.manifest import VisualSpec
+from flashvlm.preprocess import Single
 from flashvlm_export.config_bounds import refuse_unlike_attention
+from flashvlm_export.families.contract import LanguageSpec, TowerSpec, VisualOptions
 
 NAME = "llava"
+ALIASES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
+REFUSED = {
+    "llava_next": "it cuts images into tiles",
+    "llava_next_video": "it cuts images into tiles",
+    "llava_onevision": "it cuts images into tiles",
+    "video_llava": "it has a second tower, for video",
+    "vipllava": "it joins the features of several vision blocks",
+}
 VISION_TYPES = ("clip_vision_model",)
 TEXT_TYPES = ("llama",)
 
@@ -99,7 +108,7 @@ def read_config(config: dict[str, Any]) -> LlavaConfig:
             raise CheckpointError(f"config.json: {part} is {found}; family {NAME} has an object there")
     if "quantization_config" in config:
         raise CheckpointError("config.json: the checkpoint is quantized; expected float16, bfloat16 or float32 weights")
-    refuse_unlike_attention(config["text_config"])
+    refuse_unlike_attention(config["text_config"], "text_config")
     parsed = LlavaConfig.from_dict(config)
     for part, found, expected in (
         ("vision_config.model_type", parsed.vision_config.model_type, VISION_TYPES),
@@ -108,6 +117,9 @@ def read_config(config: dict[str, Any]) -> LlavaConfig:
     ):
         if found not in expected:
             raise CheckpointError(f"config.json: {part} is {found!r}; family {NAME} supports {' or '.join(expected)}")
+    token, rows = parsed.image_token_id, parsed.text_config.vocab_size
+    if not isinstance(token, int) or not 0 <= token < rows:
+        raise CheckpointError(f"config.json: image_token_index is {token!r}; expected one of the {rows:,} tokens")
     vision_blocks(parsed)
     return parsed
 
@@ -126,21 +138,99 @@ def build(config: LlavaConfig, dtype: torch.dtype) -> LlavaForConditionalGenerat
     return AutoModelForImageTextToText.from_config(config, dtype=dtype)
 
 
-def vision(model: LlavaForConditionalGeneration) -> nn.Module:
+def vision(model: LlavaForConditionalGeneration, spec: VisualSpec) -> nn.Module:
     return Vision(model, vision_blocks(model.config))
 
 
 def language(model: LlavaForConditionalGeneration) -> tuple[nn.Module, nn.Module]:
-    """The decoder layers with their final norm, and the output head."""
     return model.model.language_model, model.lm_head
 
 
-def embedding_name() -> str:
+def language_section(config: dict[str, Any]) -> dict[str, Any]:
+    return config["text_config"] if isinstance(config.get("text_config"), dict) else {}
+
+
+def language_spec(config: LlavaConfig) -> LanguageSpec:
+    text = config.text_config
+    return LanguageSpec(
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+        intermediate=text.intermediate_size,
+        vocab=text.vocab_size,
+        max_seq=text.max_position_embeddings,
+    )
+
+
+def tower_specs(config: LlavaConfig) -> list[TowerSpec]:
+    tower, patches = config.vision_config, _side(config) ** 2
+    return [
+        TowerSpec(
+            tokens=patches + 1,  # and CLS
+            width=tower.hidden_size,
+            heads=tower.num_attention_heads,
+            intermediate=tower.intermediate_size,
+            pixels=3 * tower.image_size**2,
+            candidates=patches,
+            features=tower.hidden_size,
+        )
+    ]
+
+
+def _side(config: LlavaConfig) -> int:
+    """Patches along an edge."""
+    return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def visual_specs(config: LlavaConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
+    options.refuse(NAME)
+    side = _side(config)
+    return [
+        VisualSpec(
+            graph=VISION,
+            placeholder_id=config.image_token_id,
+            tokens_per_unit=side * side,
+            grid=(side, side),
+            candidates=side * side,
+            feature_size=config.vision_config.hidden_size,
+            pixels=_pixels(image_processor, config.vision_config.image_size),
+        )
+    ]
+
+
+def _pixels(p: Any, side: int) -> Single:
+    """The image processor's settings in the bundle's own terms, checked against the tower's ``side`` in pixels."""
+    size, crop = dict(p.size), dict(p.crop_size)
+    if not (p.do_resize and p.do_center_crop and p.do_rescale and p.do_normalize) or "shortest_edge" not in size:
+        raise CheckpointError(
+            "preprocessor_config.json: expected resize by shortest edge, center crop, rescale and normalize"
+        )
+    if (crop["height"], crop["width"]) != (side, side):
+        raise CheckpointError(f"preprocessor_config.json: crop_size is {crop}; the vision tower takes {side} x {side}")
+    if p.resample not in RESAMPLE:
+        raise CheckpointError(f"preprocessor_config.json: resample is {p.resample!r}; expected one of {RESAMPLE}")
+    return Single(
+        resize="shortest_edge",
+        size=(size["shortest_edge"], size["shortest_edge"]),
+        resample=RESAMPLE[int(p.resample)],  # type: ignore[arg-type]
+        crop=(side, side),
+        rescale=p.rescale_factor,
+        mean=tuple(p.image_mean),
+        std=tuple(p.image_std),
+    )
+
+
+def embedding_name(config: LlavaConfig) -> str:
     return "model.language_model.embed_tokens.weight"
 
 
+def tied_head(config: LlavaConfig) -> str | None:
+    return "lm_head.weight" if config.tie_word_embeddings or config.text_config.tie_word_embeddings else None
+
+
 def canonical_name(name: str) -> str | None:
-    """transformers' module path for a checkpoint tensor; None for a buffer that is computed instead."""
     if COMPUTED.search(name):
         return None
     for pattern, replacement in RENAMES:
@@ -151,58 +241,8 @@ def canonical_name(name: str) -> str | None:
 
 
 def is_unused(config: LlavaConfig, name: str) -> bool:
-    """Whether a parameter feeds nothing: the tower behind the block the features come from, and its final norm."""
+    """The tower behind the block the features come from, and its final norm."""
     block = re.match(r"model\.vision_tower\.encoder\.layers\.(\d+)\.", name)
     if block:
         return int(block[1]) >= vision_blocks(config)
     return name.startswith("model.vision_tower.post_layernorm.")
-
-
-def model_spec(
-    config: LlavaConfig, name: str, dtype: FloatType, max_seq: int | None, eos: tuple[int, ...]
-) -> ModelSpec:
-    text, tower = config.text_config, config.vision_config
-    side = tower.image_size // tower.patch_size
-    return ModelSpec(
-        name=name,
-        family=NAME,
-        dtype=dtype,
-        num_image_tokens=side * side,
-        image_grid=(side, side),
-        hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
-        num_key_value_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        vocab_size=text.vocab_size,
-        max_seq=max_seq or text.max_position_embeddings,
-        image_token_id=config.image_token_id,
-        eos_token_ids=eos,
-    )
-
-
-def feature_size(config: LlavaConfig) -> int:
-    return config.vision_config.hidden_size
-
-
-def image_preprocess(processor: Any, config: LlavaConfig) -> ImagePreprocess:
-    """The image processor's settings in the bundle's own terms, checked against the tower."""
-    p = processor.image_processor
-    size, crop = dict(p.size), dict(p.crop_size)
-    side = config.vision_config.image_size
-    if not (p.do_resize and p.do_center_crop and p.do_rescale and p.do_normalize) or "shortest_edge" not in size:
-        raise CheckpointError(
-            "preprocessor_config.json: expected resize by shortest edge, center crop, rescale and normalize"
-        )
-    if (crop["height"], crop["width"]) != (side, side):
-        raise CheckpointError(f"preprocessor_config.json: crop_size is {crop}; the vision tower takes {side} x {side}")
-    if p.resample not in RESAMPLE:
-        raise CheckpointError(f"preprocessor_config.json: resample is {p.resample!r}; expected one of {RESAMPLE}")
-    return ImagePreprocess(
-        resize="shortest_edge",
-        size=(size["shortest_edge"], size["shortest_edge"]),
-        resample=RESAMPLE[int(p.resample)],  # type: ignore[arg-type]
-        crop=(side, side),
-        rescale=p.rescale_factor,
-        mean=tuple(p.image_mean),
-        std=tuple(p.image_std),
-    )

@@ -32,11 +32,19 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class Dialect:
-    """attention: name in transformers' registry. operators: all that may occur, None for any of the opset."""
+    """How graphs are written.
+
+    attention        name in transformers' registry
+    fused_attention  it is one operator, which holds no scores [B,H,S,C] in memory
+    cache_in_place   the cache is written where it is; else new slots come back, for the runtime to place
+    operators        all that may occur, None for any of the opset
+    """
 
     name: DialectName
     opset: int
     attention: str
+    fused_attention: bool
+    cache_in_place: bool
     cache: Callable[[Sequence[Tensor], Tensor], Cache]
     rms_norm: Callable[[nn.Module], AbstractContextManager[None]]
     operators: frozenset[str] | None = None
@@ -186,6 +194,8 @@ AttentionInterface.register("onnx_node", attention_node)
 AttentionInterface.register("onnx_primitives", attention_primitives)
 
 DIALECTS: dict[DialectName, Dialect] = {
-    "modern": Dialect("modern", 24, "onnx_node", ScatterCache, rms_norm_node),
-    "legacy": Dialect("legacy", 20, "onnx_primitives", AppendCache, lambda _: nullcontext(), LEGACY_OPERATORS),
+    "modern": Dialect("modern", 24, "onnx_node", True, True, ScatterCache, rms_norm_node),
+    "legacy": Dialect(
+        "legacy", 20, "onnx_primitives", False, False, AppendCache, lambda _: nullcontext(), LEGACY_OPERATORS
+    ),
 }

@@ -1,30 +1,22 @@
-"""The nn.Modules that become ONNX graphs, built around transformers' own layers, and their named inputs and outputs.
+"""The nn.Modules that become ONNX graphs, built around transformers' own layers.
 
-Transformers computes; ``dialects.py`` says in which operators.
+Transformers computes; ``dialects.py`` says in which operators, and ``flashvlm.graph_io`` names inputs and outputs. The
+module of a vision graph is the family's (``families/contract.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from flashvlm import graph_io
 from flashvlm.graph_io import TensorSpec
-from flashvlm.manifest import ModelSpec
 from flashvlm_export.compile.plugin_nodes import DOMAIN, LLOYD_OP, SCORE_OP
 from flashvlm_export.graph.dialects import Dialect
-from flashvlm_export.selection.flashvlm import METHODS, SelectionInputs, SelectionParams, flashvlm, select
-
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "bool": torch.bool,
-}
+from flashvlm_export.selection import METHODS, Nodes, SelectionParams, masked_lloyd, select
+from flashvlm_export.selection.ops import take
 
 
 @dataclass(frozen=True)
@@ -80,8 +72,8 @@ def onnx_lloyd(
 
 
 class Select(nn.Module):
-    """image_tokens [B,N,D], features [B,N,Dv], saliency [B,N], valid [B,N], query_embeds [B,L,D], query_mask [B,L]
-    -> visual_embeds [B,K,D], kept [B,K], is_top [B,K], scores [B,N]."""
+    """image_tokens [B,N,D], features [B,N,Dv], saliency [B,N], valid [B,N], query_embeds [B,L,D], query_mask [B,L],
+    streams [B,N,Ds] -> visual_embeds [B,K,D], kept [B,K], is_top [B,K], scores [B,N], streams [B,K,Ds]."""
 
     def __init__(self, method: str, budget: int, params: SelectionParams) -> None:
         super().__init__()
@@ -95,39 +87,48 @@ class Select(nn.Module):
         valid: Tensor,
         query_embeds: Tensor,
         query_mask: Tensor,
+        *streams: Tensor,
     ) -> tuple[Tensor, ...]:
-        if self.method == "flashvlm":
-            inputs = SelectionInputs(image_tokens, features, saliency, query_embeds, query_mask, valid)
-            return tuple(flashvlm(inputs, self.budget, self.params, onnx_score, onnx_lloyd))
-        return tuple(
-            select(
-                image_tokens,
-                features,
-                saliency,
-                query_embeds,
-                query_mask,
-                valid,
-                method=self.method,
-                budget=self.budget,
-                params=self.params,
-                score=onnx_score,
-            )
+        selection = select(
+            image_tokens,
+            features,
+            saliency,
+            query_embeds,
+            query_mask,
+            valid,
+            method=self.method,
+            budget=self.budget,
+            params=self.params,
+            nodes=Nodes(onnx_score, onnx_lloyd if METHODS[self.method].fused else masked_lloyd),
         )
+        return *selection, *(take(stream, selection.kept) for stream in streams)
 
 
 class Decoder(nn.Module):
     """One chunk of tokens through the language model, for prefill (S tokens) and decode (one) alike.
 
-    inputs_embeds [B,S,D], position_ids [B,S], cache_position [B] (slot of the first token), num_tokens [B] (how many of
-    the S are real; the rest is right padding, overwritten by the next chunk), past [B,Hkv,C,d], key and value a layer.
-    Returns logits [B,V] float32 of each row's last real token, and what the dialect's cache makes of past and new rows.
+    inputs_embeds [B,S,D], position_ids [B,S] or [B,3,S], cache_position [B] (slot of the first token), num_tokens [B]
+    (how many of the S are real; the rest is right padding, overwritten by the next chunk), streams [B,S,Ds], then past
+    [B,Hkv,C,d], key and value a layer. Returns logits [B,V] float32 of each batch item's last real token, and what the
+    dialect's cache makes of past and new slots.
+
+    ``head_as_table``: the head's weights stay [V,D], as those of the embedding table, so that both can be one.
     """
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module, dialect: Dialect) -> None:
+    def __init__(
+        self,
+        language_model: nn.Module,
+        lm_head: nn.Module,
+        dialect: Dialect,
+        streams: Sequence[str] = (),
+        head_as_table: bool = False,
+    ) -> None:
         super().__init__()
         self.language_model = language_model
         self.lm_head = lm_head
         self.dialect = dialect
+        self.streams = tuple(streams)
+        self.head_as_table = head_as_table
 
     def forward(
         self,
@@ -137,25 +138,34 @@ class Decoder(nn.Module):
         num_tokens: Tensor,
         *past: Tensor,
     ) -> tuple[Tensor, ...]:
+        streams, past = past[: len(self.streams)], past[len(self.streams) :]
         cache = self.dialect.cache(past, cache_position)
         hidden = self.language_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            # Explicit and additive: boolean masks and per-row lengths fail or misbehave in TensorRT (docs/design.md).
+            # Explicit and additive: boolean masks and lengths of each item fail or misbehave in TensorRT
+            # (docs/design.md).
             attention_mask=cache.mask(inputs_embeds),
             past_key_values=cache,
             use_cache=True,
+            **dict(zip(self.streams, streams, strict=True)),
         ).last_hidden_state  # [B,S,D]
         last = (num_tokens - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        logits = self.lm_head(torch.gather(hidden, 1, last)[:, 0])  # [B,V]
-        return logits.float(), *cache.present
+        return self._logits(torch.gather(hidden, 1, last)[:, 0]), *cache.present
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[B,D] -> float32 [B,V]."""
+        if not self.head_as_table:
+            return self.lm_head(hidden).float()
+        # The table first: as the second factor ONNX Runtime would copy it, transposed or packed, where this maps it.
+        return (self.lm_head.weight @ hidden.t()).float().t()
 
 
 class Prefill(nn.Module):
     """Vision, selection and decoder in one graph: the whole time to first token, for one engine and one profile.
 
     prefix_embeds [B,P,D] and suffix_embeds [B,S,D] are the text before and after the image; num_tokens [B] counts real
-    suffix tokens. Returns logits [B,V], kept [B,K] and the caches, which hold P + K + num_tokens rows afterwards.
+    suffix tokens. Returns logits [B,V], kept [B,K] and the caches, which hold P + K + num_tokens slots afterwards.
     """
 
     def __init__(self, vision: nn.Module, select: nn.Module, decoder: nn.Module, keep_positions: bool) -> None:
@@ -176,7 +186,7 @@ class Prefill(nn.Module):
         image_tokens, features, saliency = self.vision(pixel_values)
         batch, num_image_tokens = image_tokens.shape[:2]
         valid = torch.ones(batch, num_image_tokens, dtype=torch.bool)
-        visual, kept, _, _ = self.select(image_tokens, features, saliency, valid, query_embeds, query_mask)
+        visual, kept, *_ = self.select(image_tokens, features, saliency, valid, query_embeds, query_mask)
         inputs_embeds = torch.cat([prefix_embeds, visual, suffix_embeds], dim=1)
         prefix, budget, suffix = prefix_embeds.shape[1], visual.shape[1], suffix_embeds.shape[1]
         place = kept if self.keep_positions else torch.arange(budget).expand(batch, -1)
@@ -194,35 +204,3 @@ class Prefill(nn.Module):
             inputs_embeds, position_ids, cache_position, prefix + budget + num_tokens, *past
         )
         return logits, kept, *present
-
-
-# --- graphs ----------------------------------------------------------------------------------------------------------
-
-
-def vision_graph(module: nn.Module, model: ModelSpec, image_size: tuple[int, int], feature_size: int) -> Graph:
-    return Graph(graph_io.VISION, module, *graph_io.vision_io(model, image_size, feature_size))
-
-
-def select_graph(module: nn.Module, name: str, budget: int, model: ModelSpec, feature_size: int) -> Graph:
-    return Graph(name, module, *graph_io.select_io(model, budget, feature_size))
-
-
-def decoder_graph(module: Decoder, model: ModelSpec) -> Graph:
-    return Graph(graph_io.DECODER, module, *graph_io.decoder_io(model, module.dialect.name))
-
-
-def prefill_graph(module: nn.Module, name: str, budget: int, model: ModelSpec, image_size: tuple[int, int]) -> Graph:
-    return Graph(name, module, *graph_io.prefill_io(model, budget, image_size))
-
-
-__all__ = [
-    "METHODS",
-    "Decoder",
-    "Graph",
-    "Prefill",
-    "Select",
-    "decoder_graph",
-    "prefill_graph",
-    "select_graph",
-    "vision_graph",
-]

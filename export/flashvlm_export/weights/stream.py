@@ -1,97 +1,40 @@
-"""Streams weights from a checkpoint into ONNX external data, transposed or cast on the way, one tensor at a time.
+"""Streams weights from a checkpoint into the data files of a bundle, one tensor at a time.
 
-Peak memory is two copies of the largest tensor that needs a transpose or a cast; the rest passes through in blocks.
-Reading and transposing overlap with hashing and writing, which run on a second thread.
+Peak memory is two copies of the largest tensor that is not stored as the checkpoint has it; the rest passes through in
+blocks. Reading and making overlap with hashing and writing, which run on a second thread.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from io import FileIO
+from itertools import groupby
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
 
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.manifest import FileSpec
-from flashvlm_export.checkpoint import ITEMSIZE, StoredTensor
-from flashvlm_export.graph.modules import TORCH_DTYPES
+from flashvlm_export.checkpoint import StoredTensor
+from flashvlm_export.dtypes import DTYPES
+from flashvlm_export.weights.layout import DataFile, Place
+from flashvlm_export.weights.recipes import copied
 
-ALIGNMENT = 4096  # ONNX Runtime maps external data by page
 BLOCK = 8 << 20
-IR_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class Placement:
-    """One tensor's bytes in a data file: row-major, transposed with respect to the checkpoint or not."""
-
-    initializer: str
-    source: StoredTensor
-    transposed: bool
-    dtype: str
-    offset: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape[::-1] if self.transposed else self.source.shape
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
-
-
-def place(tensors: Iterable[tuple[str, StoredTensor, bool]], dtype: str) -> list[Placement]:
-    """Lays out (initializer, source, transposed) one after the other, page-aligned."""
-    placements: list[Placement] = []
-    offset = 0
-    for initializer, source, transposed in tensors:
-        placements.append(Placement(initializer, source, transposed, dtype, offset))
-        offset += -(-placements[-1].nbytes // ALIGNMENT) * ALIGNMENT
-    return placements
-
-
-def renamed(placement: Placement, initializer: str) -> Placement:
-    """The same bytes under another graph's name for them."""
-    return dataclasses.replace(placement, initializer=initializer)
-
-
-def reference(graph: ir.Graph, placements: Sequence[Placement], data: Path) -> None:
-    """Points the initializers of a graph at their bytes in ``data``, a file beside the graph."""
-    for p in placements:
-        value = graph.initializers[p.initializer]
-        assert value.shape is not None
-        if tuple(value.shape) != p.shape:
-            raise AssertionError(f"{p.initializer}: graph has {value.shape}, data {p.shape}")
-        value.const_value = ir.ExternalTensor(
-            data.name,
-            p.offset,
-            p.nbytes,
-            IR_DTYPES[p.dtype],
-            shape=ir.Shape(p.shape),
-            name=p.initializer,
-            base_dir=data.parent,
-        )
-
-
-def write(
-    placements: Sequence[Placement], path: Path, header: bytes = b"", on_bytes: Progress = lambda _: None
-) -> FileSpec:
-    """Writes a data file: the header, then every tensor at header + offset. Returns its size and SHA-256.
+def write(data: DataFile, path: Path, on_bytes: Progress = lambda _: None) -> FileSpec:
+    """Writes a data file. Returns its size and SHA-256.
 
     Raises:
         FlashVLMError: the disk is full or the file cannot be written.
-        CheckpointError: a source file changed or ended early.
+        CheckpointError: a source file changed or ended early, or values do not fit the dtype they are stored in.
     """
     digest = hashlib.sha256()
     position = 0
@@ -108,10 +51,10 @@ def write(
         file = raw
         pending: list[Future[None]] = []
         try:
-            if size := len(header) + (placements[-1].offset + placements[-1].nbytes if placements else 0):
+            if data.size:
                 # Doubles the speed of ext4 (no delayed allocation), and a full disk is found out before the work.
-                os.posix_fallocate(file.fileno(), 0, size)
-            for block in _blocks(placements, header):
+                os.posix_fallocate(file.fileno(), 0, data.size)
+            for block in _blocks(data):
                 pending.append(writer.submit(emit, block))
                 if len(pending) > 1:  # at most one block waits while one is written
                     pending.pop(0).result()
@@ -149,29 +92,40 @@ class _Scratch:
         return memoryview(self._buffers[name])[:nbytes]
 
 
-def _blocks(placements: Sequence[Placement], header: bytes) -> Iterator[memoryview | bytes]:
-    if header:
-        yield header
-    position = 0
+def _blocks(data: DataFile) -> Iterator[memoryview | bytes]:
+    if data.header:
+        yield data.header
+    position = len(data.header)
     scratch = _Scratch()
+    groups = [(source, list(places)) for source, places in groupby(data.places, key=lambda place: place.source)]
     with ExitStack() as stack:
-        files = {
-            path: stack.enter_context(path.open("rb", buffering=0)) for path in {p.source.file for p in placements}
-        }
-        for p, following in zip(placements, [*placements[1:], None], strict=True):
-            if following is not None:  # the kernel reads the next tensor while this one is transposed and written
-                ahead = following.source
+        files = {path: stack.enter_context(path.open("rb", buffering=0)) for path in {s.file for s, _ in groups}}
+        for (source, places), following in zip(groups, [*groups[1:], None], strict=True):
+            if following is not None:  # the kernel reads the next tensor while this one is made and written
+                ahead, _ = following
                 os.posix_fadvise(files[ahead.file].fileno(), ahead.offset, ahead.nbytes, os.POSIX_FADV_WILLNEED)
-            if p.offset > position:
-                yield bytes(p.offset - position)
-            file = files[p.source.file]
-            file.seek(p.source.offset)
-            changed = p.transposed or p.dtype != p.source.dtype
-            yield from _whole(p, file, scratch) if changed else _pieces(p.source, file, scratch)
+            file = files[source.file]
+            file.seek(source.offset)
+            if _as_stored(places):
+                yield bytes(places[0].offset - position)
+                yield from _pieces(source, file, scratch)
+            else:
+                raw = scratch.read(source.nbytes)
+                _read_exactly(file, raw, source)
+                for place in places:
+                    yield bytes(place.offset - position)
+                    yield _made(place, raw, scratch)
+                    position = place.end
             # Its pages are not needed again, and dropping them is cheaper than having the kernel look for victims:
             # a fifth of the time when checkpoint and bundle together outgrow memory.
-            os.posix_fadvise(file.fileno(), p.source.offset, p.source.nbytes, os.POSIX_FADV_DONTNEED)
-            position = p.offset + p.nbytes
+            os.posix_fadvise(file.fileno(), source.offset, source.nbytes, os.POSIX_FADV_DONTNEED)
+            position = places[-1].end
+
+
+def _as_stored(places: Sequence[Place]) -> bool:
+    """Whether the bytes of a parameter pass through as the checkpoint has them."""
+    first = places[0]
+    return len(places) == 1 and first.stored.make is copied and first.stored.dtype == first.source.dtype
 
 
 def _pieces(source: StoredTensor, file: FileIO, scratch: _Scratch) -> Iterator[memoryview]:
@@ -182,16 +136,19 @@ def _pieces(source: StoredTensor, file: FileIO, scratch: _Scratch) -> Iterator[m
         yield block
 
 
-def _whole(p: Placement, file: FileIO, scratch: _Scratch) -> Iterator[memoryview]:
-    """The bytes transposed or cast."""
-    raw, ready = scratch.read(p.source.nbytes), scratch.hand_over(p.nbytes)
-    _read_exactly(file, raw, p.source)
-    stored = torch.frombuffer(raw, dtype=TORCH_DTYPES[p.source.dtype]).view(p.source.shape)
-    result = torch.frombuffer(ready, dtype=TORCH_DTYPES[p.dtype]).view(p.shape)
-    result.copy_(stored.t() if p.transposed else stored)
-    if p.dtype != p.source.dtype and torch.isfinite(stored).all() and not torch.isfinite(result).all():
-        raise CheckpointError(f"{p.source.name} has values beyond {p.dtype}; export with --dtype bfloat16 or float32")
-    yield ready  # whole: the next tensor is read and transposed while this one is hashed and written
+def _made(place: Place, raw: memoryview, scratch: _Scratch) -> memoryview:
+    """The bytes of one tensor. Whole: the next one is read and made while this one is hashed and written."""
+    source, stored = place.source, place.stored
+    ready = scratch.hand_over(stored.nbytes)
+    given = torch.frombuffer(raw, dtype=DTYPES[source.dtype].torch).view(source.shape)
+    result = torch.frombuffer(ready, dtype=DTYPES[stored.dtype].torch).view(stored.shape)
+    stored.make(given, result)
+    changed = stored.dtype != source.dtype and result.is_floating_point()
+    if changed and torch.isfinite(given).all() and not torch.isfinite(result).all():
+        raise CheckpointError(
+            f"{source.name} has values beyond {stored.dtype}; export with --dtype bfloat16 or float32"
+        )
+    return ready
 
 
 def _read_exactly(file: FileIO, target: memoryview, source: StoredTensor) -> None:

@@ -1,4 +1,4 @@
-"""What every command line of the project shares: one-line refusals, exit codes, progress, units."""
+"""What every command line of the project shares: one-line refusals, exit codes, stdin, progress."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from flashvlm.errors import FlashVLMError, printable
+from flashvlm.sizes import format_size
 
 # click's own base class; recent typer carries a private copy of click, so it is reached through what typer exports.
 ClickException: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -84,8 +85,52 @@ def for_terminal(text: str) -> str:
     return text.translate({ord(c): c.encode("unicode_escape").decode() for c in obeyed})
 
 
+class _App(typer.Typer):
+    """Whose commands know ``-h`` as well."""
+
+    def command(self, *arguments: Any, **options: Any) -> Any:
+        options.setdefault("context_settings", {"help_option_names": ["-h", "--help"]})
+        return super().command(*arguments, **options)
+
+
 def new_app() -> typer.Typer:
-    return typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    """An app for one command, with ``--install-completion`` and ``--show-completion``."""
+    return _App(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+# --- stdin ---------------------------------------------------------------------------------------------------------
+
+MAX_IMAGE, MAX_TEXT = 1 << 30, 1 << 20  # bytes: of an image as of an image file, and of a question
+
+
+def on_terminal() -> bool:
+    """Whether someone types at stdin and reads at stdout."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def read_stdin(flag: str, limit: int = MAX_IMAGE) -> bytes:
+    """All of stdin.
+
+    Raises:
+        FlashVLMError: there is none, or more than ``limit`` bytes of it.
+    """
+    if sys.stdin is None:
+        raise FlashVLMError(f"{flag}: stdin is closed; give a file")
+    content = sys.stdin.buffer.read(limit + 1)
+    if len(content) > limit:
+        raise FlashVLMError(f"{flag}: expected at most {format_size(limit)} on stdin, found more")
+    return content
+
+
+def read_stdin_text(flag: str) -> str:
+    """All of stdin as UTF-8, without the blanks around it."""
+    try:
+        return read_stdin(flag, MAX_TEXT).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise FlashVLMError(f"{flag}: expected UTF-8 text on stdin, found another kind ({error.reason})") from None
+
+
+# --- progress ------------------------------------------------------------------------------------------------------
 
 
 class Bars:
@@ -130,8 +175,3 @@ class _Silent(Bars):
 
     def start(self, stage: str, total: int) -> Callable[[int], None]:
         return lambda _: None
-
-
-def megabytes(size: int) -> str:
-    """Bytes as decimal MB or GB, as disks and model cards count."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

@@ -1,7 +1,8 @@
 """Where the milliseconds and megabytes of an answer go, at each budget of a bundle.
 
 Every number comes from ``Pipeline.generate``, the path ``flashvlm-run`` takes, on synthetic input: a prompt of a given
-number of tokens, a fresh image each run and answers that never end early. Budgets take turns within a run, so that
+number of tokens, an image that was not seen before each run (a given one with a pixel changed, or one made up) and
+answers that never end early. Budgets take turns within a run, so that
 drift of the machine (clocks, heat, other work) meets all of them alike, and ratios compare neighbours in time.
 """
 
@@ -14,22 +15,25 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from PIL import Image
 
+from flashvlm.budget import ALL, Budget, choose_budget, tokens_kept
 from flashvlm.bundle import Bundle
-from flashvlm.errors import PromptError, SelectionError
-from flashvlm.generation import CACHE_STEP, Timings
-from flashvlm.graph_io import TensorSpec
-from flashvlm.manifest import PROCESSOR, Manifest
+from flashvlm.dtypes import NUMPY_DTYPES
+from flashvlm.encoder import nearest
+from flashvlm.errors import PromptError
+from flashvlm.generation import Timings, capacity_for
+from flashvlm.graph_io import DECODER, TensorSpec, is_past
+from flashvlm.manifest import PROCESSOR, Manifest, VisualSpec
 from flashvlm.pipeline import Pipeline
+from flashvlm.preprocess import Grid, grid_of
+from flashvlm.prompt import Arrangement, arrange, expand
 from flashvlm.sessions import Limits
-from flashvlm.text.processor import EncodedPrompt, TextProcessor
+from flashvlm.text.processor import RUN, EncodedPrompt, TextProcessor
 
-Budget = int | Literal["all"]
 STAGES = ("preprocess", "vision", "select", "prefill", "decode")  # decode: of one token
 PHOTO = (640, 480)  # pixels, width and height; preprocessing resizes it
 WORDS = ["what", "is", "in", "this", "picture", "and", "where", "are", "the", "people", "who", "stand", "near", "it"]
@@ -39,13 +43,19 @@ FILLERS = (" a", ".", " ?", "!", " x")
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """prompt_tokens: text of the prompt with its template, without the image. new_tokens: of an answer, at least 2."""
+    """What to measure.
+
+    prompt_tokens: text of the prompt with its template, without the image. new_tokens: of an answer, at least 2.
+    image: name of the picture, None for synthetic ones. photo: its pixels, width and height.
+    """
 
     budgets: tuple[Budget, ...]
     prompt_tokens: int = 40
     new_tokens: int = 64
     runs: int = 20
     warm_up: int = 2
+    image: str | None = None
+    photo: tuple[int, int] = PHOTO
 
 
 @dataclass(frozen=True)
@@ -126,52 +136,67 @@ class Profile:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The largest budget whose p90 of the time to first token is within ``target_ms``, or None; and the fastest one."""
+    """The largest budget whose p90 of the time to first token is within ``target_ms``, or None; and the fastest one.
+
+    runs: how many the percentile is of; of one run it is that run.
+    """
 
     target_ms: float
     budget: Budget | None
     p90_ms: float  # of ``budget``, else of ``fastest``
     fastest: Budget
+    runs: int
 
     def __str__(self) -> str:
-        target, p90 = f"{self.target_ms:,.6g} ms", f"{self.p90_ms:,.4g} ms (p90)"
+        measured = "one run" if self.runs == 1 else f"p90 of {self.runs} runs"
+        target, found = f"{_in_words(self.target_ms)} ms", f"{_in_words(self.p90_ms)} ms ({measured})"
         if self.budget is None:
-            return (
-                f"no budget gives the first token within {target} in 9 of 10 runs; "
-                f"the closest is {self.fastest} with {p90}"
-            )
-        return f"budget {self.budget} is the largest with the first token within {target} in 9 of 10 runs: {p90}"
+            return f"no budget gives the first token within {target}; the closest is {self.fastest} with {found}"
+        return f"budget {self.budget} is the largest with the first token within {target}: {found}"
 
 
-def measure(pipeline: Pipeline, backend: str, options: ProfileOptions, advance: Callable[[int], None]) -> Profile:
+def _in_words(milliseconds: float) -> str:
+    return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.4g}"
+
+
+def measure(
+    pipeline: Pipeline,
+    backend: str,
+    options: ProfileOptions,
+    advance: Callable[[int], None],
+    image: Image.Image | None = None,
+) -> Profile:
     """Measures every budget in turn, ``options.runs`` times after ``options.warm_up``.
 
-    ``advance(1)`` is called after each answer, ``(runs + warm_up) * len(budgets)`` times.
+    ``image`` is an RGB picture to ask about, None for synthetic ones; its decoding is not measured. ``advance(1)`` is
+    called after each answer, ``(runs + warm_up) * len(budgets)`` times.
 
     Raises:
         FlashVLMError: a budget is not in the bundle, or prompt and answer do not fit it.
     """
     bundle = pipeline.bundle
     check_options(bundle.manifest, options, pipeline.limits)
-    prompt, encoded = synthetic_prompt(bundle, options.prompt_tokens)
-    text_tokens = len(encoded.input_ids) - len(encoded.image_positions)
+    seen = synthetic_sight(bundle.manifest, options.photo)
+    prompt, encoded = synthetic_prompt(bundle, options.prompt_tokens, options.photo)
+    text_tokens = len(encoded.input_ids) - seen.runs
     samples: dict[Budget, list[Timings]] = {budget: [] for budget in options.budgets}
+    picture = synthetic_photo if image is None else variations(image)
     with _endless(bundle):
         for run in range(-options.warm_up, options.runs):
             for turn in range(len(options.budgets)):
                 # The order rotates: no budget always follows the same neighbour.
                 budget = options.budgets[(run + turn) % len(options.budgets)]
-                image = synthetic_photo(seed=(run + options.warm_up) * len(options.budgets) + turn)
+                image = picture((run + options.warm_up) * len(options.budgets) + turn)
                 answer = pipeline.generate(image, prompt, budget=budget, max_new_tokens=options.new_tokens)
                 if run >= 0:
                     samples[budget].append(answer.timings)
                 advance(1)
     profiles = []
     for budget in options.budgets:
-        tokens = text_tokens, image_tokens(bundle.manifest, budget)
+        tokens = text_tokens, seen.tokens(budget)
         rows = pipeline.limits.capacity or allocated_rows(sum(tokens), options.new_tokens)
         kv = kv_bytes(bundle, rows)
-        profiles.append(summarise(budget, tokens, kv, samples[budget], samples.get("all")))
+        profiles.append(summarise(budget, tokens, kv, samples[budget], samples.get(ALL)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     return describe(bundle, backend, options, tuple(profiles), interleaved=True, peak_resident=peak)
 
@@ -184,7 +209,7 @@ def describe(
     return Profile(
         bundle=str(bundle.path),
         model=model.name,
-        dtype=model.dtype,
+        dtype=model.dtypes.activations,
         method=bundle.manifest.selection.method,
         backend=backend,
         machine=machine(),
@@ -236,18 +261,19 @@ def _first_token(timings: Timings) -> float:
 
 
 def recommend(profile: Profile, target_ms: float) -> Recommendation:
-    """The largest budget whose first token comes within the target in nine of ten runs."""
+    """The largest budget whose 90th percentile of the time to first token is within the target."""
     by_size = sorted(profile.budgets, key=lambda b: b.image_tokens, reverse=True)
     fastest = min(by_size, key=lambda b: b.first_token.p90)
     best = next((b for b in by_size if b.first_token.p90 <= target_ms), None)
     shown = fastest if best is None else best
-    return Recommendation(target_ms, None if best is None else best.budget, shown.first_token.p90, fastest.budget)
+    runs = profile.options.runs
+    return Recommendation(target_ms, None if best is None else best.budget, shown.first_token.p90, fastest.budget, runs)
 
 
 # --- synthetic input -----------------------------------------------------------------------------------------------
 
 
-def synthetic_prompt(bundle: Bundle, tokens: int) -> tuple[str, EncodedPrompt]:
+def synthetic_prompt(bundle: Bundle, tokens: int, photo: tuple[int, int] = PHOTO) -> tuple[str, EncodedPrompt]:
     """A question whose prompt has ``tokens`` tokens of text with the template around it, one image aside.
 
     Where no filler of the tokenizer adds exactly one token, the prompt comes out shorter by as little as possible.
@@ -256,15 +282,14 @@ def synthetic_prompt(bundle: Bundle, tokens: int) -> tuple[str, EncodedPrompt]:
         PromptError: the template alone takes as many tokens.
     """
     text = TextProcessor.from_files(bundle.read_processor, bundle.path / PROCESSOR, bundle.manifest.model.vocab_size)
-    image_id = bundle.manifest.model.image_token_id
+    seen = synthetic_sight(bundle.manifest, photo)
 
     def encode(question: str) -> EncodedPrompt:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return text.encode([{"role": "user", "content": content}], image_id)
+        return text.encode([{"role": "user", "content": content}], bundle.manifest.placeholders, [seen.text])
 
     def size(question: str) -> int:
-        found = encode(question)
-        return len(found.input_ids) - len(found.image_positions)
+        return len(encode(question).input_ids) - seen.runs
 
     def words(count: int) -> str:
         return " ".join(WORDS[i % len(WORDS)] for i in range(count))
@@ -288,11 +313,52 @@ def synthetic_prompt(bundle: Bundle, tokens: int) -> tuple[str, EncodedPrompt]:
     return question, encode(question)
 
 
+class SyntheticSight(NamedTuple):
+    """What a bundle makes of a photo: its spec and tiles, and the tokens of its image."""
+
+    spec: VisualSpec
+    grid: Grid
+    arrangement: Arrangement
+
+    @property
+    def text(self) -> str:
+        """What stands for it in a prompt."""
+        return expand(self.spec, self.grid)
+
+    @property
+    def runs(self) -> int:
+        """Placeholders it has in a prompt."""
+        return self.text.count(RUN)
+
+    def tokens(self, budget: Budget) -> int:
+        """Visual tokens that go to the language model."""
+        return tokens_kept(budget, self.arrangement.count)
+
+
+def synthetic_sight(manifest: Manifest, photo: tuple[int, int] = PHOTO) -> SyntheticSight:
+    """``photo``: its size in pixels, width and height."""
+    size = photo[1], photo[0]
+    spec = nearest(manifest.visual, size)
+    grid = grid_of(size, spec.pixels)
+    return SyntheticSight(spec, grid, arrange(spec, grid))
+
+
 def synthetic_photo(seed: int) -> Image.Image:
     """A blurry RGB image of ``PHOTO`` size; each seed gives another, so that no cached features are used."""
     width, height = PHOTO
     coarse = np.random.default_rng(seed).integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(PHOTO, Image.Resampling.BICUBIC)
+
+
+def variations(image: Image.Image) -> Callable[[int], Image.Image]:
+    """The image with one corner pixel that differs with each seed below 2^24: another one to the feature cache."""
+
+    def vary(seed: int) -> Image.Image:
+        varied = image.copy()
+        varied.putpixel((0, 0), (seed & 255, seed >> 8 & 255, seed >> 16 & 255))
+        return varied
+
+    return vary
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
@@ -301,13 +367,9 @@ def synthetic_photo(seed: int) -> Image.Image:
 def check_options(manifest: Manifest, options: ProfileOptions, limits: Limits | None = None) -> None:
     """Refuses budgets the bundle lacks, and prompts and answers beyond its capacity, or that of an opened pipeline."""
     limits = limits or Limits(manifest.model.max_seq)
-    have = (*manifest.selection.budgets, "all")
     for budget in options.budgets:
-        if budget not in have:
-            raise SelectionError(
-                f"--budgets {budget}: this bundle has {', '.join(map(str, have))}; export with --budget {budget}"
-            )
-    largest = max(image_tokens(manifest, budget) for budget in options.budgets)
+        choose_budget(budget, manifest.selection.budgets, manifest.selection.default, manifest.candidates)
+    largest = max(map(synthetic_sight(manifest, options.photo).tokens, options.budgets))
     needed = options.prompt_tokens + largest + options.new_tokens - 1
     if needed > limits.max_seq:
         raise PromptError(
@@ -316,25 +378,19 @@ def check_options(manifest: Manifest, options: ProfileOptions, limits: Limits | 
         )
 
 
-def image_tokens(manifest: Manifest, budget: Budget) -> int:
-    return manifest.model.num_image_tokens if budget == "all" else budget
-
-
 def allocated_rows(prompt: int, new_tokens: int) -> int:
-    """Rows of the KV cache that ``generate_tokens`` allocates; the last new token needs none."""
-    return math.ceil((prompt + new_tokens - 1) / CACHE_STEP) * CACHE_STEP
+    """Rows of the KV cache that an answer allocates; the last new token needs none."""
+    return capacity_for(prompt + new_tokens - 1)
 
 
 def kv_bytes(bundle: Bundle, rows: int) -> int:
     """Bytes of the KV cache of one conversation with this many rows."""
-    past = [spec for spec in bundle.graph("decoder").inputs if spec.name.startswith("past_key_values.")]
-    return sum(_bytes(spec, {"batch": 1, "capacity": rows}) for spec in past)
+    return sum(_bytes(spec, {"batch": 1, "capacity": rows}) for spec in bundle.graph(DECODER).inputs if is_past(spec))
 
 
 def _bytes(spec: TensorSpec, sizes: dict[str, int]) -> int:
     shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
-    dtype = ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else spec.dtype
-    return math.prod(shape) * np.dtype(dtype).itemsize
+    return math.prod(shape) * NUMPY_DTYPES[spec.dtype].itemsize
 
 
 def disk_bytes(manifest: Manifest) -> int:

@@ -19,26 +19,28 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from flashvlm.budget import ALL, Budget
 from flashvlm.bundle import Bundle
 from flashvlm.engines import Engines, Target, build_command, built_from, newest_engines
 from flashvlm.errors import FlashVLMError
-from flashvlm.graph_io import prefill_graph, select_graph
-from flashvlm.manifest import GraphSpec
+from flashvlm.graph_io import DECODER, prefill_graph, select_graph
+from flashvlm.manifest import GraphSpec, Manifest
 from flashvlm.profiling.measure import (
-    Budget,
     BudgetProfile,
     Profile,
     ProfileOptions,
     Spread,
+    SyntheticSight,
     allocated_rows,
     describe,
-    image_tokens,
     kv_bytes,
+    synthetic_sight,
 )
+from flashvlm.prompt import Item, Prompt, layout
 from flashvlm.text.processor import EncodedPrompt
 
 T = TypeVar("T")
@@ -52,6 +54,16 @@ ANY_GPU = "X.Y"  # where a command line names a compute capability
 SECONDS = 3  # of measuring, at least, beside --runs inferences
 OUTSIDE = "(no graph path)"  # what TensorRT adds of its own and names after no node
 LAYERS = re.compile(r"\.\d+(?=/|$)")
+
+
+class Libraries(NamedTuple):
+    """Plugin libraries that engines call, by how trtexec takes them."""
+
+    dynamic: tuple[Path, ...] = ()
+    static: tuple[Path, ...] = ()
+
+
+NO_LIBRARIES = Libraries()
 
 
 @dataclass(frozen=True)
@@ -111,9 +123,10 @@ def jobs(bundle: Bundle, options: ProfileOptions, prompt: EncodedPrompt, engines
     manifest, budgets, new_tokens = bundle.manifest, options.budgets, options.new_tokens
     mask = prompt.question_mask if manifest.selection.query == "question" else prompt.text_mask
     query = int(mask.sum())
-    prefix = int(prompt.image_positions[0])
-    suffix = len(prompt.input_ids) - prefix - 1
-    longest = prefix + suffix + max(image_tokens(manifest, b) for b in budgets) + new_tokens - 1
+    seen = synthetic_sight(manifest)
+    graph = seen.spec.graph
+    prompts = {budget: _layout(manifest, prompt.input_ids, seen, seen.tokens(budget)) for budget in budgets}
+    longest = max(placed.position_ids.shape[1] for placed in prompts.values()) + new_tokens - 1
     capacity = min(allocated_rows(longest, 1), manifest.model.max_seq)
     if engines is not None:
         flags = engines.manifest.flags
@@ -124,36 +137,51 @@ def jobs(bundle: Bundle, options: ProfileOptions, prompt: EncodedPrompt, engines
                 f"{capacity} and {flags.max_query}: ask for fewer, or build with: "
                 + engines.rebuild(max_seq=max(longest, capacity), max_query=max(query, flags.max_query))
             )
-    valid: dict[str, np.ndarray] = {"valid": np.ones((1, manifest.model.num_image_tokens), np.bool_)}
+    valid = {"valid": seen.arrangement.valid[None]}
     asked: dict[str, np.ndarray] = {"query_mask": np.ones((1, query), np.bool_)}
-    found = [Job("vision", "vision", None, "vision", {"batch": 1})]
+    order = {"order": seen.arrangement.order} if seen.spec.tiled else {}
+    found = [Job(graph, "vision", None, graph, {"units": seen.grid.units} if order else {"batch": 1}, order)]
     for budget in budgets:
-        length = prefix + image_tokens(manifest, budget) + suffix
-        if budget != "all":
-            sizes = {"batch": 1, "query": query}
-            found.append(Job(f"select-k{budget}", "select", budget, select_graph(budget), sizes, valid | asked))
-        steps: tuple[tuple[Stage, str, int, int], ...]
-        steps = ("prefill", "prompt", 0, length), ("decode", "token", length + new_tokens // 2, 1)
-        for stage, name, start, count in steps:
+        placed = prompts[budget]
+        length = placed.position_ids.shape[1]
+        if budget != ALL and budget < seen.arrangement.count:
+            name, sizes = select_graph(graph, budget), {"batch": 1, "query": query}
+            found.append(Job(name, "select", budget, name, sizes, valid | asked))
+        later = np.full_like(placed.position_ids[:, :1], placed.next_position + new_tokens // 2)  # [A,1]
+        steps: tuple[tuple[Stage, str, int, np.ndarray], ...]
+        steps = (
+            ("prefill", "prompt", 0, placed.position_ids),
+            ("decode", "token", length + new_tokens // 2, later),
+        )
+        for stage, name, start, positions in steps:
+            count = positions.shape[1]
             sizes = {"batch": 1, "sequence": count, "capacity": capacity}
             values = {
-                "position_ids": np.arange(start, start + count, dtype=np.int64)[None],
+                "position_ids": positions if len(positions) == 1 else positions[None],
                 "cache_position": np.array([start], np.int64),
                 "num_tokens": np.array([count], np.int64),
             }
-            label = f"decoder-{name}-{'all' if budget == 'all' else f'k{budget}'}"
-            found.append(Job(label, stage, budget, "decoder", sizes, values))
-        if budget != "all" and prefill_graph(budget) in manifest.graphs:
-            name = prefill_graph(budget)
+            label = f"decoder-{name}-{'all' if budget == ALL else f'k{budget}'}"
+            found.append(Job(label, stage, budget, DECODER, sizes, values))
+        if budget != ALL and prefill_graph(graph, budget) in manifest.graphs:
+            name = prefill_graph(graph, budget)
+            prefix = int(np.flatnonzero(prompt.input_ids == seen.spec.placeholder_id)[0])
+            suffix = len(prompt.input_ids) - prefix - 1
             sizes = {"batch": 1, "query": query, "prefix": prefix, "suffix": suffix, "capacity": capacity}
             count_of_suffix = {"num_tokens": np.array([suffix], np.int64)}
             found.append(Job(name, "fused", budget, name, sizes, count_of_suffix | asked))
     return found
 
 
+def _layout(manifest: Manifest, ids: np.ndarray, seen: SyntheticSight, tokens: int) -> Prompt:
+    """The prompt with its image's first tokens kept."""
+    item = Item(seen.spec, seen.grid, seen.arrangement.count, np.arange(tokens))
+    return layout(ids, [item], manifest.model.position_axes, manifest.selection.positions == "keep")
+
+
 def needs_engine(bundle: Bundle, job: Job) -> bool:
     """Whether trtexec cannot take the graph itself: TensorScatter wants a capacity that is a number."""
-    return bundle.manifest.dialect == "modern" and "capacity" in job.sizes
+    return bundle.manifest.model.cache_in_place and "capacity" in job.sizes
 
 
 # --- command lines -------------------------------------------------------------------------------------------------
@@ -167,8 +195,7 @@ def command(
     folder: Path,
     runs: int,
     executable: str | None = None,
-    plugins: Sequence[Path] = (),
-    static_plugins: Sequence[Path] = (),
+    libraries: Libraries = NO_LIBRARIES,
 ) -> list[str]:
     """The line that measures a job and writes its three reports into ``folder``, where ``write_values`` put its inputs.
 
@@ -178,21 +205,22 @@ def command(
     shapes = _shapes(graph, job.sizes)
     line = [executable or EXECUTABLES[target]]
     if engines is not None:
-        if engines.manifest.plugins and not (plugins or static_plugins):
+        if engines.manifest.plugins and not any(libraries):
             name = engines.manifest.plugins[0].file
-            raise FlashVLMError(f"{engines.folder} calls {name}; name it with: flashvlm-profile --plugin .../{name}")
+            raise FlashVLMError(f"{engines.folder} calls {name}; name it with: flashvlm-profile --plugins .../{name}")
         line += [f"--loadEngine={engines.file(job.graph)}"]
     else:
         line += [f"--onnx={bundle.graph_file(job.graph)}", f"--minShapes={_shapes(graph, dict.fromkeys(job.sizes, 1))}"]
         line += [f"--optShapes={shapes}", f"--maxShapes={shapes}"]
         line += ["--stronglyTyped"] if target == "tensorrt" else []  # TensorRT-RTX knows no other mode
         # The option came with TensorRT 10.15, as did what the modern dialect needs; older trtexec refuses it.
-        override = bool(plugins or static_plugins) and bundle.manifest.dialect == "modern"
+        override = any(libraries) and bundle.manifest.model.cache_in_place
         line += ["--enablePluginOverride"] if override else []
     line += [f"--shapes={shapes}"]
     if job.values:
         line += ["--loadInputs=" + ",".join(f"{name}:{folder / job.values_file(name)}" for name in job.values)]
-    line += [f"--dynamicPlugins={path}" for path in plugins] + [f"--staticPlugins={path}" for path in static_plugins]
+    line += [f"--dynamicPlugins={path}" for path in libraries.dynamic]
+    line += [f"--staticPlugins={path}" for path in libraries.static]
     line += [f"--iterations={runs}", f"--warmUp={WARM_UP_MS}", f"--duration={SECONDS}"]
     line += _timing_flags(target, None if engines is None else engines.manifest.version)
     line += ["--profilingVerbosity=detailed"]
@@ -224,16 +252,16 @@ def script(
     target: Target,
     folder: Path,
     runs: int,
-    **more: Any,
+    libraries: Libraries = NO_LIBRARIES,
 ) -> Iterator[str]:
-    """The lines as a shell script; ``more`` as for ``command``. Without engines it begins with building them."""
+    """The lines as a shell script. Without engines it begins with building them."""
     if engines is None:
         yield build_command(bundle, target, ANY_GPU)
     for job in measured:
         if engines is None and needs_engine(bundle, job):
             yield f"# {job.name}: TensorRT takes {job.graph} with a fixed KV capacity only; list it again once built"
         else:
-            yield shlex.join(command(bundle, job, engines, target, folder, runs, **more))
+            yield shlex.join(command(bundle, job, engines, target, folder, runs, libraries=libraries))
 
 
 def write_values(job: Job, folder: Path) -> None:
@@ -284,12 +312,12 @@ def collect(
         stages[budget] = {stage: spread for (stage, of), spread in times.items() if of in (None, budget)}
         parts = [stages[budget][stage] for stage in ("vision", "select", "prefill") if stage in stages[budget]]
         first[budget] = sum(parts[1:], start=parts[0])
-    whole = first.get("all")
+    whole = first.get(ALL)
     budgets = tuple(
         BudgetProfile(
             budget=budget,
             text_tokens=text_tokens,
-            image_tokens=image_tokens(bundle.manifest, budget),
+            image_tokens=synthetic_sight(bundle.manifest).tokens(budget),
             kv_bytes=kv_bytes(bundle, capacity),
             stages=stages[budget],
             first_token=first[budget],

@@ -6,12 +6,13 @@ device memory on TensorRT, and only the session that made one looks inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from flashvlm.engines import TITLES
 from flashvlm.errors import FlashVLMError
 
 Array = Any
@@ -19,22 +20,47 @@ Array = Any
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the vision graph says of one image: image_tokens [N,D], features [N,Dv], saliency float32 [N]."""
+    """What the vision graph says of one image: image_tokens [N,D], features [N,Dv], saliency float32 [N], and streams
+    [N,Ds] by name."""
 
     image_tokens: Array
     features: Array
     saliency: Array
+    streams: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """Of every token, as the decoder reads them: inputs_embeds and the streams."""
+        return {"inputs_embeds": self.image_tokens, **self.streams}
 
 
 @dataclass(frozen=True)
 class Selected:
-    """What is kept of one image: visual_embeds [K,D] where the session has them; on the host kept int64 [K] ascending,
-    is_top bool [K] (kept for its score, not as a representative), scores float32 [N]."""
+    """What is kept of one image: visual_embeds [K,D] and streams [K,Ds] where the session has them; on the host kept
+    int64 [K] ascending, is_top bool [K] (kept for its score, not as a representative), scores float32 [N]."""
 
     visual_embeds: Array
     kept: np.ndarray
     is_top: np.ndarray
     scores: np.ndarray
+    streams: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """Of the kept tokens, as the decoder reads them: inputs_embeds and the streams."""
+        return {"inputs_embeds": self.visual_embeds, **self.streams}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens ``start`` to ``stop`` of tensors [*,width] by name: inputs_embeds, and the streams that are not zero."""
+
+    tensors: Mapping[str, Array]
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -53,8 +79,7 @@ class Backend:
     passed_over: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        titles = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-        return f"{titles[self.name]} {self.version}, {self.device}"
+        return f"{TITLES[self.name]} {self.version}, {self.device}"
 
 
 @dataclass(frozen=True)
@@ -89,33 +114,40 @@ class Session(Protocol):
     backend: Backend
     limits: Limits
 
-    def prepare(self, budget: int | None) -> None:
-        """Loads what answers at this budget need (None: all tokens), so that stages measure only work."""
+    def prepare(self, graphs: Sequence[str]) -> None:
+        """Loads these graphs, so that stages measure only work."""
 
-    def vision(self, pixel_values: np.ndarray) -> list[ImageFeatures]:
-        """float32 [B,3,H,W] -> features of each image."""
+    def vision(self, graph: str, pixel_values: np.ndarray, order: np.ndarray | None = None) -> list[ImageFeatures]:
+        """float32 [B,C,H,W] -> features of each image; with an ``order`` int64 [N], [U,C,H,W] -> those of one image
+        of U tiles."""
 
     def select(
-        self, budget: int, images: list[ImageFeatures], query_embeds: np.ndarray, query_mask: np.ndarray
+        self,
+        graph: str,
+        images: Sequence[ImageFeatures],
+        valid: np.ndarray,
+        query_embeds: np.ndarray,
+        query_mask: np.ndarray,
     ) -> list[Selected]:
-        """One question an image: query_embeds [B,L,D], query_mask bool [B,L]."""
+        """One question an image: valid bool [B,N], query_embeds [B,L,D], query_mask bool [B,L]."""
 
-    def assemble(self, rows: Sequence[Sequence[Array]]) -> Array:
-        """Rows of segments [T,D], from the host or of this session -> inputs_embeds [B,S,D], zeros on the right."""
+    def assemble(self, rows: Sequence[Sequence[Segment]]) -> Mapping[str, Array]:
+        """Rows of segments, from the host or of this session -> inputs_embeds [B,S,D] and every stream [B,S,Ds], with
+        zeros on the right, and where a segment lacks a stream."""
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         """An empty KV cache for ``capacity`` tokens a row. Its memory is free again when the last reference goes."""
 
     def decode(
         self,
-        inputs_embeds: Array,
+        tensors: Mapping[str, Array],
         position_ids: np.ndarray,
         cache_position: np.ndarray,
         num_tokens: np.ndarray,
         cache: Any,
     ) -> np.ndarray:
-        """One chunk: embeds [B,S,D] assembled or from the host, positions int64 [B,S], first slot and number of real
-        tokens int64 [B].
+        """One chunk of S tokens: tensors assembled, or inputs_embeds [B,S,D] of text from the host; positions int64
+        [B,S] or [B,3,S]; first slot and number of real tokens int64 [B].
 
         Writes the cache in place; returns float32 logits [B,V] of each row's last real token.
         """

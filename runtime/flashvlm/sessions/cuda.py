@@ -19,6 +19,7 @@ import numpy as np
 
 from flashvlm.engines import is_jetson
 from flashvlm.errors import FlashVLMError
+from flashvlm.sizes import format_size
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Cuda:
         except OutOfMemoryError as error:
             free, total = self._call("cuMemGetInfo")
             raise OutOfMemoryError(
-                f"{error}: {size / 2**20:,.0f} MiB wanted, {free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free on "
+                f"{error}: {format_size(size)} wanted, {format_size(free)} of {format_size(total)} free on "
                 f"{self.name}; build engines with a smaller --max-seq or --max-batch, or free memory of other programs"
             ) from None
 

@@ -5,24 +5,20 @@ Calls are those TensorRT 10.3 to 11 and TensorRT-RTX share; where only some have
 
 from __future__ import annotations
 
-import logging
 import mmap
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 from flashvlm.bundle import Bundle
-from flashvlm.engines import TITLES, Engines
+from flashvlm.engines import TITLES, Engines, largest_sizes
 from flashvlm.errors import BundleError, FlashVLMError
 from flashvlm.files import digest, open_regular, sha256
-from flashvlm.sessions.contract import check, present
+from flashvlm.graph_io import present
+from flashvlm.sessions.contract import check, shape_of
 from flashvlm.sessions.cuda import Buffer, Cuda, DeviceArray
-
-log = logging.getLogger(__name__)
+from flashvlm.sessions.tensorrt_log import MESSAGES, logger
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
-MESSAGES: deque[str] = deque(maxlen=2)  # TensorRT's last words
-_LOGGERS: dict[str, Any] = {}
 
 
 class Scratch:
@@ -54,10 +50,11 @@ class Engine:
         self.graph = bundle.graph(graph)
         self.inputs = {spec.name: spec for spec in self.graph.inputs}
         self.outputs = {spec.name: spec for spec in self.graph.outputs}
+        self.largest = largest_sizes(bundle, graph, engines.manifest.flags)
         spec = engines.manifest.engines[graph]
         self.path = engines.file(graph)
         MESSAGES.clear()
-        self._runtime = trt.Runtime(_logger(trt))
+        self._runtime = trt.Runtime(logger(trt))
         if engines.manifest.flags.version_compatible:
             # Such an engine brings the runtime it needs as code; the session refuses it unless asked for.
             self._runtime.engine_host_code_allowed = True
@@ -99,9 +96,7 @@ class Engine:
     def _check(self) -> None:
         """The engine's tensors are those of the contract: names, directions, dtypes, sizes and the range of shapes."""
         engine, trt = self.engine, self.trt
-        flags = self.engines.manifest.flags
-        fixed = {"capacity": flags.max_seq}
-        largest = fixed | {"batch": flags.max_batch, "sequence": flags.max_seq, "query": flags.max_query}
+        fixed = {"capacity": self.largest["capacity"]}
         names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         if names != {*self.inputs, *self.outputs}:
             odd = ", ".join(sorted(names ^ {*self.inputs, *self.outputs}))
@@ -117,7 +112,7 @@ class Engine:
                 raise self.refusal(f"wants {name} in host memory")
             if name in self.inputs:
                 top = tuple(engine.get_tensor_profile_shape(name, 0)[2])
-                wanted = tuple(largest[d] if isinstance(d, str) else d for d in spec.shape)
+                wanted = shape_of(spec, self.largest)
                 if len(top) != len(wanted) or any(t < w for t, w in zip(top, wanted, strict=True)):
                     raise self.refusal(f"takes {name} up to {top}, expected {wanted}")
         if hasattr(engine, "get_aliased_input_tensor"):  # from TensorRT 10.15 on
@@ -164,7 +159,7 @@ class Context:
             FlashVLMError: dtype or shape are not those of the contract, or beyond what the engine was built for.
         """
         specs = self._engine.inputs | self._engine.outputs
-        symbols = {"capacity": self._engine.engines.manifest.flags.max_seq}
+        symbols = {"capacity": self._engine.largest["capacity"]}
         for name, spec in specs.items():
             check(spec, arrays[name].dtype, arrays[name].shape, symbols)
         self._check_range(symbols)
@@ -180,16 +175,12 @@ class Context:
             self._bound[name] = new
 
     def _check_range(self, symbols: dict[str, int]) -> None:
-        engines = self._engine.engines
-        flags = engines.manifest.flags
-        largest = {"batch": flags.max_batch, "query": flags.max_query, "sequence": flags.max_seq}
         for symbol, size in symbols.items():
-            if size > largest.get(symbol, size):
-                option = {"batch": "max_batch", "query": "max_query", "sequence": "max_seq"}[symbol]
-                raise FlashVLMError(
-                    f"{symbol} of {size}: {self._engine.path} takes up to {largest[symbol]}; ask for less, or build "
-                    f"with: {engines.rebuild(**{option: size})}"
-                )
+            if size > (most := self._engine.largest[symbol]):
+                # A prefix or suffix takes its share of the capacity: no option states how much more that would be.
+                option = {"batch": "max_batch", "query": "max_query", "sequence": "max_seq"}.get(symbol)
+                again = "" if option is None else f", or build with: {self._engine.engines.rebuild(**{option: size})}"
+                raise FlashVLMError(f"{symbol} of {size}: {self._engine.path} takes up to {most}; ask for less{again}")
 
     def prepare(self) -> None:
         """Gives the context the memory its shapes need; afterwards ``enqueue`` allocates nothing."""
@@ -237,25 +228,3 @@ def load_plugins(trt: Any, engines: Engines, library: Path | None) -> None:
             trt.get_plugin_registry().load_library(str(library.resolve()))  # None: it was loaded before
         except Exception as error:  # of whichever kind the binding makes of it
             raise FlashVLMError(f"--plugins {library} does not load: {' '.join(str(error).split())}") from None
-
-
-def _logger(trt: Any) -> Any:
-    """Collects errors for the one line a refusal has; TensorRT would print them.
-
-    A process has one: TensorRT keeps the first it is given, for as long as anything of it lives, and ignores others.
-    """
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            line = " ".join(message.split())
-            if severity <= trt.ILogger.Severity.ERROR:
-                MESSAGES.append(line)
-            else:
-                log.debug("%s", line)
-
-    if trt.__name__ not in _LOGGERS:
-        _LOGGERS[trt.__name__] = Logger()
-    return _LOGGERS[trt.__name__]

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashvlm.bundle import Bundle
-from flashvlm.sessions.contract import NUMPY_DTYPES, check, is_past, present, shape_of
+from flashvlm.dtypes import NUMPY_DTYPES
+from flashvlm.graph_io import DECODER, is_past, present
+from flashvlm.sessions.contract import check, shape_of
 from flashvlm.sessions.cuda import Cuda, DeviceArray, Graph
 from flashvlm.sessions.engine import Context
 
@@ -18,18 +20,18 @@ from flashvlm.sessions.engine import Context
 class KvMemory:
     """Keys and values of every layer, ``past``: [B,Hkv,C,d] each, zeroed.
 
-    In the modern dialect the decoder writes new rows where the old ones are: present and past are one memory. In the
-    legacy dialect it returns them, [B,Hkv,S,d], and ``place`` copies them to their slots.
+    Where the cache is written in place, present and past are one memory. Else the decoder returns new slots,
+    [B,Hkv,S,d], and ``place`` copies them to where they belong.
     """
 
     def __init__(self, cuda: Cuda, bundle: Bundle, batch: int, capacity: int) -> None:
         self.batch = batch
         self._cuda, self._capacity = cuda, capacity
-        self._in_place = bundle.manifest.dialect == "modern"
+        self._in_place = bundle.manifest.model.cache_in_place
         sizes = {"batch": batch, "capacity": capacity}
         self.past = {
             spec.name: cuda.empty(NUMPY_DTYPES[spec.dtype], *shape_of(spec, sizes))
-            for spec in bundle.graph("decoder").inputs
+            for spec in bundle.graph(DECODER).inputs
             if is_past(spec)
         }
         self._written = capacity  # rows that may hold something; in new memory, all
@@ -84,7 +86,7 @@ class Step:
 
     def __init__(self, cuda: Cuda, bundle: Bundle, context: Context, memory: KvMemory) -> None:
         self._cuda, self._context, self._memory = cuda, context, memory
-        decoder = bundle.graph("decoder")
+        decoder = bundle.graph(DECODER)
         specs = [spec for spec in decoder.inputs if not is_past(spec)]
         logits = next(spec for spec in decoder.outputs if spec.name == "logits")
         self._inputs = specs
@@ -98,7 +100,8 @@ class Step:
         self._tried = False
 
     def run(self, inputs: dict[str, np.ndarray], cache_position: np.ndarray) -> np.ndarray:
-        """inputs_embeds [B,1,D], position_ids [B,1], cache_position [B], num_tokens [B] -> logits [B,V]."""
+        """inputs_embeds [B,1,D], streams [B,1,Ds], position_ids [B,1] or [B,3,1], cache_position [B], num_tokens [B]
+        -> logits [B,V]."""
         symbols = {"batch": self._memory.batch, "sequence": 1}
         for spec in self._inputs:
             check(spec, inputs[spec.name].dtype, inputs[spec.name].shape, symbols)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from flashvlm.bundle import Bundle
+from flashvlm.dtypes import NUMPY_DTYPES
 from flashvlm.errors import BundleError, FlashVLMError
-from flashvlm.graph_io import select_graph
+from flashvlm.extras import install
+from flashvlm.graph_io import DECODER, is_past, present, token_specs
 from flashvlm.manifest import GraphSpec
-from flashvlm.sessions import Array, Backend, ImageFeatures, Limits, Selected
-from flashvlm.sessions.contract import NUMPY_DTYPES, check, is_past, present, shape_of
+from flashvlm.sessions import Array, Backend, ImageFeatures, Limits, Segment, Selected
+from flashvlm.sessions.contract import (
+    check,
+    features_of,
+    select_inputs,
+    selected_of,
+    shape_of,
+    with_streams,
+)
 from flashvlm.sessions.native import native_call
 from flashvlm.sessions.providers import PROVIDERS, choose, import_onnxruntime
 
@@ -42,78 +51,82 @@ class OnnxRuntimeSession:
         self._threads = threads
         self._graphs: dict[str, _Graph] = {}
         self._lock = threading.Lock()
+        self._in_place = bundle.manifest.model.cache_in_place
+        self._token_specs = token_specs(bundle.manifest.model)
         max_seq = bundle.manifest.model.max_seq
         self.limits = Limits(max_seq, capacity=max_seq if self._provider.fixed_capacity else None)
         self.backend = Backend("onnxruntime", self._ort.__version__, str(self._provider))
-        if bundle.manifest.model.dtype == "bfloat16" and self._provider.name == "cpu":
+        if (
+            "bfloat16" in (bundle.manifest.model.dtypes.activations, bundle.manifest.model.dtypes.weights)
+            and self._provider.name == "cpu"
+        ):
             raise FlashVLMError(
                 f"{bundle.path} is bfloat16, for which ONNX Runtime has no CPU kernels; "
-                f"export with --dtype float32, or run on a GPU with: pip install 'flashvlm[gpu]'"
+                f"export with --dtype float32, or run on a GPU with: {install('gpu')}"
             )
 
-    def prepare(self, budget: int | None) -> None:
-        for name in ("vision", "decoder") if budget is None else ("vision", "decoder", select_graph(budget)):
+    def prepare(self, graphs: Sequence[str]) -> None:
+        for name in graphs:
             self._graph(name)
 
-    def vision(self, pixel_values: np.ndarray) -> list[ImageFeatures]:
-        out = self._graph("vision").run({"pixel_values": pixel_values})
-        return [ImageFeatures(*row) for row in zip(out["image_tokens"], out["features"], out["saliency"], strict=True)]
+    def vision(self, graph: str, pixel_values: np.ndarray, order: np.ndarray | None = None) -> list[ImageFeatures]:
+        inputs = {"pixel_values": pixel_values} if order is None else {"pixel_values": pixel_values, "order": order}
+        return features_of(self._graph(graph).run(inputs))
 
     def select(
-        self, budget: int, images: list[ImageFeatures], query_embeds: np.ndarray, query_mask: np.ndarray
+        self,
+        graph: str,
+        images: Sequence[ImageFeatures],
+        valid: np.ndarray,
+        query_embeds: np.ndarray,
+        query_mask: np.ndarray,
     ) -> list[Selected]:
-        saliency = np.stack([image.saliency for image in images])
-        inputs = {
-            "image_tokens": np.stack([image.image_tokens for image in images]),
-            "features": np.stack([image.features for image in images]),
-            "saliency": saliency,
-            "valid": np.ones(saliency.shape, dtype=np.bool_),
-            "query_embeds": query_embeds,
-            "query_mask": query_mask,
-        }
-        out = self._graph(select_graph(budget)).run(inputs)
-        rows = zip(out["visual_embeds"], out["kept"], out["is_top"], out["scores"], strict=True)
-        return [Selected(*row) for row in rows]
+        inputs = {name: np.stack(arrays) for name, arrays in select_inputs(images).items()}
+        question = {"valid": valid, "query_embeds": query_embeds, "query_mask": query_mask}
+        return selected_of(self._graph(graph).run(inputs | question), [*images[0].streams])
 
-    def assemble(self, rows: Sequence[Sequence[Array]]) -> np.ndarray:
-        lengths = [sum(len(segment) for segment in row) for row in rows]
-        first = rows[0][0]
-        embeds = np.zeros((len(rows), max(lengths), first.shape[1]), dtype=first.dtype)
+    def assemble(self, rows: Sequence[Sequence[Segment]]) -> dict[str, np.ndarray]:
+        lengths = [sum(map(len, row)) for row in rows]
+        sizes = {"batch": len(rows), "sequence": max(lengths)}
+        chunk = {spec.name: np.zeros(shape_of(spec, sizes), NUMPY_DTYPES[spec.dtype]) for spec in self._token_specs}
         for b, row in enumerate(rows):
-            np.concatenate(row, out=embeds[b, : lengths[b]])
-        return embeds
+            at = 0
+            for segment in row:
+                for name, tensor in segment.tensors.items():
+                    chunk[name][b, at : at + len(segment)] = tensor[segment.start : segment.stop]
+                at += len(segment)
+        return chunk
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         """One device tensor each for the keys and values of every layer."""
         cache = {}
         sizes = {"batch": batch, "capacity": self.limits.capacity or capacity}
-        for spec in filter(is_past, self._bundle.graph("decoder").inputs):
+        for spec in filter(is_past, self._bundle.graph(DECODER).inputs):
             zeros = np.zeros(shape_of(spec, sizes), dtype=NUMPY_DTYPES[spec.dtype])
-            # The legacy dialect returns new rows, which the host places: its cache stays here.
-            cache[spec.name] = zeros if self._bundle.manifest.dialect == "legacy" else self._to_device(zeros)
+            # New slots that come back are placed by the host: such a cache stays here.
+            cache[spec.name] = self._to_device(zeros) if self._in_place else zeros
         return cache
 
     def decode(
         self,
-        inputs_embeds: Array,
+        tensors: Mapping[str, Array],
         position_ids: np.ndarray,
         cache_position: np.ndarray,
         num_tokens: np.ndarray,
         cache: Any,
     ) -> np.ndarray:
-        graph = self._graph("decoder")
+        graph = self._graph(DECODER)
         binding = graph.session.io_binding()
         inputs = {
-            "inputs_embeds": inputs_embeds,
+            **with_streams(tensors, self._token_specs),
             "position_ids": position_ids,
             "cache_position": cache_position,
             "num_tokens": num_tokens,
         }
         for name, array in graph.checked(inputs).items():
             binding.bind_ortvalue_input(name, self._to_device(array))
-        in_place = self._bundle.manifest.dialect == "modern"
         for name, rows in cache.items():
-            if in_place:
+            if self._in_place:
                 # The same buffer as input and output: TensorScatter then writes only the new rows.
                 binding.bind_ortvalue_input(name, rows)
                 binding.bind_ortvalue_output(present(name), rows)
@@ -123,7 +136,7 @@ class OnnxRuntimeSession:
         binding.bind_output("logits", "cpu")
         graph.call(graph.session.run_with_iobinding, binding)
         *news, logits = binding.get_outputs()
-        if not in_place:
+        if not self._in_place:
             for rows, new in zip(cache.values(), news, strict=True):
                 _place(rows, new.numpy(), cache_position)
         return logits.numpy()

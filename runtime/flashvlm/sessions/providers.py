@@ -13,6 +13,7 @@ from typing import Any
 
 from flashvlm.engines import is_jetson, local_capability
 from flashvlm.errors import FlashVLMError
+from flashvlm.extras import install
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -87,7 +88,7 @@ def install_line(name: str) -> str:
         # PyPI's wheels for aarch64 are built without CUDA, or for servers.
         return "the onnxruntime-gpu wheel that NVIDIA builds for this JetPack, in place of onnxruntime"
     more = " tensorrt" if name == "tensorrt" else ""
-    return f"pip uninstall onnxruntime && pip install 'flashvlm[gpu]'{more}"
+    return f"pip uninstall onnxruntime && {install('gpu')}{more}"
 
 
 def _rtx_plugin(ort: Any, device: int) -> Provider:
@@ -119,6 +120,6 @@ def import_onnxruntime() -> Any:
     except ImportError as error:  # also a broken install, hence the reason
         raise FlashVLMError(
             f"ONNX Runtime is not installed or does not import ({error}); "
-            f"install it with: pip install 'flashvlm[cpu]' (NVIDIA GPU: 'flashvlm[gpu]')"
+            f"install it with: {install('cpu')} (NVIDIA GPU: {install('gpu')})"
         ) from None
     return onnxruntime

@@ -7,21 +7,44 @@ tested against a stand-in of both libraries that runs the graphs on the CPU; it 
 
 from __future__ import annotations
 
+import functools
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from flashvlm.bundle import Bundle
-from flashvlm.engines import Target, find_engines, import_target
+from flashvlm.dtypes import NUMPY_DTYPES
+from flashvlm.engines import Target, import_target, matching_engines
 from flashvlm.errors import FlashVLMError
-from flashvlm.graph_io import select_graph
-from flashvlm.sessions import Array, Backend, ImageFeatures, Limits, Selected, check_batch
-from flashvlm.sessions.contract import NUMPY_DTYPES, shape_of
+from flashvlm.graph_io import DECODER, token_specs
+from flashvlm.sessions import Array, Backend, ImageFeatures, Limits, Segment, Selected, check_batch
+from flashvlm.sessions.contract import (
+    features_of,
+    select_inputs,
+    selected_of,
+    shape_of,
+    with_streams,
+)
 from flashvlm.sessions.cuda import Cuda, DeviceArray, stack
 from flashvlm.sessions.engine import Context, Engine, Scratch, load_plugins
 from flashvlm.sessions.kv_cache import KvCache, KvMemory, Step
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _one_at_a_time(method: F) -> F:
+    """Execution contexts and their scratch memory serve one thread at a time; the stream keeps the order of calls."""
+
+    @functools.wraps(method)
+    def alone(self: TensorRTSession, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(F, alone)
 
 
 class TensorRTSession:
@@ -51,7 +74,7 @@ class TensorRTSession:
         self._cuda = Cuda(device)
         self._bundle = bundle
         self._verify = verify
-        self._engines = find_engines(bundle, target, self._trt.__version__, self._cuda.capability)
+        self._engines = matching_engines(bundle, target, self._trt.__version__, self._cuda.capability)
         flags = self._engines.manifest.flags
         if flags.version_compatible and not engine_code:
             raise FlashVLMError(
@@ -59,69 +82,82 @@ class TensorRTSession:
                 f"code; if you built them yourself, allow it with --engine-code"
             )
         load_plugins(self._trt, self._engines, plugins)
+        self._token_specs = token_specs(bundle.manifest.model)
         max_seq = min(flags.max_seq, bundle.manifest.model.max_seq)
         self.limits = Limits(max_seq, flags.max_batch, flags.max_seq, "these engines hold", self._larger)
         where = f"cuda:{device} {self._cuda.name}, compute capability {self._cuda.capability}"
         self.backend = Backend(target, self._trt.__version__, where)
+        self._lock = threading.Lock()
         self._loaded: dict[str, Engine] = {}
         self._contexts: dict[str, Context] = {}
         self._scratch = Scratch(self._cuda)
         self._spare: list[tuple[KvMemory, Step]] = []  # of answers that are over
 
-    def prepare(self, budget: int | None) -> None:
-        self._cuda.activate()
-        for name in ("vision", "decoder") if budget is None else ("vision", "decoder", select_graph(budget)):
+    @_one_at_a_time
+    def prepare(self, graphs: Sequence[str]) -> None:
+        for name in graphs:
             self._context(name)
 
-    def vision(self, pixel_values: np.ndarray) -> list[ImageFeatures]:
-        self._cuda.activate()
-        out = self._run("vision", {"pixel_values": self._upload(pixel_values)}, {"batch": len(pixel_values)})
+    @_one_at_a_time
+    def vision(self, graph: str, pixel_values: np.ndarray, order: np.ndarray | None = None) -> list[ImageFeatures]:
+        inputs = {"pixel_values": self._upload(pixel_values)}
+        if order is not None:
+            inputs["order"] = self._upload(order)
+        out = self._run(graph, inputs, {"batch": len(pixel_values)})
         self._cuda.synchronize()  # nothing needs it, but the time of this stage is told apart from the next one's
-        names = ("image_tokens", "features", "saliency")
-        return [ImageFeatures(*(out[name].row(b) for name in names)) for b in range(len(pixel_values))]
+        return features_of(out, DeviceArray.row)
 
+    @_one_at_a_time
     def select(
-        self, budget: int, images: list[ImageFeatures], query_embeds: np.ndarray, query_mask: np.ndarray
+        self,
+        graph: str,
+        images: Sequence[ImageFeatures],
+        valid: np.ndarray,
+        query_embeds: np.ndarray,
+        query_mask: np.ndarray,
     ) -> list[Selected]:
-        self._cuda.activate()
-        saliency = stack(self._cuda, [image.saliency for image in images])
-        inputs = {
-            "image_tokens": stack(self._cuda, [image.image_tokens for image in images]),
-            "features": stack(self._cuda, [image.features for image in images]),
-            "saliency": saliency,
-            "valid": self._upload(np.ones(saliency.shape, dtype=np.bool_)),
-            "query_embeds": self._upload(query_embeds),
-            "query_mask": self._upload(query_mask),
-        }
-        out = self._run(select_graph(budget), inputs, {"batch": len(images)})
-        kept, is_top, scores = (self._cuda.download(out[name]) for name in ("kept", "is_top", "scores"))
+        question = {"valid": valid, "query_embeds": query_embeds, "query_mask": query_mask}
+        inputs = {name: stack(self._cuda, arrays) for name, arrays in select_inputs(images).items()}
+        inputs |= {name: self._upload(array) for name, array in question.items()}
+        out = self._run(graph, inputs, {"batch": len(images)})
+        host = {name: self._cuda.download(out[name]) for name in ("kept", "is_top", "scores")}
         self._cuda.synchronize()
-        embeds = out["visual_embeds"]
-        return [Selected(embeds.row(b), kept[b], is_top[b], scores[b]) for b in range(len(images))]
+        return selected_of(out | host, [*images[0].streams], DeviceArray.row)
 
-    def assemble(self, rows: Sequence[Sequence[Array]]) -> DeviceArray:
-        self._cuda.activate()
-        lengths = [sum(len(segment) for segment in row) for row in rows]
-        first = rows[0][0]
-        longest, width = max(lengths), first.shape[1]
-        embeds = self._cuda.empty(first.dtype, len(rows), longest, width)
+    @_one_at_a_time
+    def assemble(self, rows: Sequence[Sequence[Segment]]) -> dict[str, DeviceArray]:
+        lengths = [sum(map(len, row)) for row in rows]
+        sizes = {"batch": len(rows), "sequence": max(lengths)}
+        return {
+            spec.name: self._assembled(spec.name, rows, shape_of(spec, sizes), NUMPY_DTYPES[spec.dtype])
+            for spec in self._token_specs
+        }
+
+    def _assembled(
+        self, name: str, rows: Sequence[Sequence[Segment]], shape: tuple[int, ...], dtype: Any
+    ) -> DeviceArray:
+        """One tensor [B,S,width] of the segments that have it, zeros elsewhere."""
+        whole = self._cuda.empty(dtype, *shape)
         for b, row in enumerate(rows):
             at = 0
             for segment in filter(len, row):
-                place = embeds.row(b).rows(at, at + len(segment))
-                if isinstance(segment, DeviceArray):
-                    self._cuda.copy(segment, place)
+                place = whole.row(b).rows(at, at + len(segment))
+                tensor = segment.tensors.get(name)
+                if tensor is None:
+                    self._cuda.zero(place)
+                elif isinstance(tensor, DeviceArray):
+                    self._cuda.copy(tensor.rows(segment.start, segment.stop), place)
                 else:
-                    self._cuda.upload(np.ascontiguousarray(segment), place)
+                    self._cuda.upload(np.ascontiguousarray(tensor[segment.start : segment.stop]), place)
                 at += len(segment)
             # Padding is never attended to, but what is masked has to be finite all the same.
-            self._cuda.zero(embeds.row(b).rows(at, longest))
-        return embeds
+            self._cuda.zero(whole.row(b).rows(at, shape[1]))
+        return whole
 
+    @_one_at_a_time
     def new_cache(self, batch: int, capacity: int) -> KvCache:
         """Of the engines' own capacity, whatever is asked for: TensorRT takes no other."""
         check_batch(batch, self.limits)
-        self._cuda.activate()
         if self._spare and self._spare[-1][0].batch == batch:
             memory, step = self._spare.pop()
             memory.clear()
@@ -129,36 +165,39 @@ class TensorRTSession:
             self._spare.clear()  # of another batch: that memory is wanted now
             memory = KvMemory(self._cuda, self._bundle, batch, self._engines.manifest.flags.max_seq)
             # Scratch memory of its own: the graph replays its address.
-            context = self._engine("decoder").context(Scratch(self._cuda), fixed_shapes=True)
+            context = self._engine(DECODER).context(Scratch(self._cuda), fixed_shapes=True)
             step = Step(self._cuda, self._bundle, context, memory)
         cache = KvCache(memory, step)
         weakref.finalize(cache, self._spare.append, (memory, step)).atexit = False
         return cache
 
+    @_one_at_a_time
     def decode(
         self,
-        inputs_embeds: Array,
+        tensors: Mapping[str, Array],
         position_ids: np.ndarray,
         cache_position: np.ndarray,
         num_tokens: np.ndarray,
         cache: KvCache,
     ) -> np.ndarray:
-        self._cuda.activate()
         memory = cache.memory
         inputs = {"position_ids": position_ids, "cache_position": cache_position, "num_tokens": num_tokens}
-        length = inputs_embeds.shape[1]
+        length = tensors["inputs_embeds"].shape[1]
         end = int((cache_position + num_tokens).max())
         if end > self.limits.max_seq:
             more = self._larger(max_seq=end)
             raise FlashVLMError(f"{end} tokens: these engines hold {self.limits.max_seq}; ask for fewer, or {more}")
         memory.reserve(cache_position, length)
-        if length == 1 and isinstance(inputs_embeds, np.ndarray):
-            return cache.step.run({"inputs_embeds": inputs_embeds, **inputs}, cache_position)
-        embeds = inputs_embeds if isinstance(inputs_embeds, DeviceArray) else self._upload(inputs_embeds)
-        device = {name: self._upload(array) for name, array in inputs.items()}
+        tensors = with_streams(tensors, self._token_specs)
+        if length == 1 and not any(isinstance(tensor, DeviceArray) for tensor in tensors.values()):
+            return cache.step.run(tensors | inputs, cache_position)
+        device = {
+            name: tensor if isinstance(tensor, DeviceArray) else self._upload(tensor)
+            for name, tensor in (tensors | inputs).items()
+        }
         sizes = {"batch": memory.batch, "sequence": length, "capacity": self.limits.max_seq}
         present = memory.present(length)
-        out = self._run("decoder", {"inputs_embeds": embeds, **device, **memory.past}, sizes, present)
+        out = self._run(DECODER, device | memory.past, sizes, present)
         memory.place(present, cache_position)
         logits = self._cuda.download(out["logits"])
         self._cuda.synchronize()

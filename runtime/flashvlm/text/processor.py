@@ -28,6 +28,8 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 MAX_CHARACTERS = 400_000
 MAX_PARTS = 1000  # of all messages: each text of the last one is rendered on its own, too
 
+RUN = "{v}"  # in what stands for an image: a run of visual tokens
+
 # At most 3 bytes of a character can be missing, and the 4 of the one before are decoded with them: a longer
 # run of replacement characters will never become text.
 _HOPELESS = "\ufffd" * 8
@@ -35,18 +37,16 @@ _HOPELESS = "\ufffd" * 8
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """A prompt as the model reads it, with one placeholder id for each image.
+    """A prompt as the model reads it, with one placeholder id for each run of visual tokens.
 
-    input_ids        int64 [T]
-    question_mask    bool [T]: the tokens of the last user message's text
-    text_mask        bool [T]: all tokens but placeholders and control tokens (BOS, turn markers)
-    image_positions  int64 [n_images], ascending
+    input_ids      int64 [T]
+    question_mask  bool [T]: the tokens of the last user message's text
+    text_mask      bool [T]: all tokens but placeholders and control tokens (BOS, turn markers)
     """
 
     input_ids: np.ndarray
     question_mask: np.ndarray
     text_mask: np.ndarray
-    image_positions: np.ndarray
 
 
 class TextProcessor:
@@ -103,21 +103,33 @@ class TextProcessor:
         """The prompt as text. Raises PromptError for malformed messages or ones that the template refuses."""
         return self._render(_plain(messages), add_generation_prompt)
 
-    def encode(self, messages: Sequence[Message], image_token: str | int) -> EncodedPrompt:
-        """Messages -> ids and masks; `image_token` is the placeholder, as text or id.
+    def encode(
+        self, messages: Sequence[Message], placeholders: Mapping[str, str | int], visuals: Sequence[str] | None = None
+    ) -> EncodedPrompt:
+        """Messages -> ids and masks.
 
         Special tokens are added (BOS, by the tokenizer's post-processor) unless the template has already
         rendered BOS: transformers' `apply_chat_template(tokenize=True)` of a processor decides the same way.
+
+        Args:
+            placeholders: of each modality, such as "image": the token that stands for one, as text or id.
+            visuals: what stands in the prompt for each image of the messages, in their order: a text with one
+                ``{v}`` for each run of its visual tokens. None: one run each.
 
         Raises PromptError if there is no question, if a message's text contains a control token such as
         `<image>` or `</s>` (the tokenizer would take it for a real one), or if the number of placeholders
         is not the number of images in the messages.
         """
-        image_id = self._token_id(image_token)
+        tokens = {modality: self._token_id(token) for modality, token in placeholders.items()}
         plain = _plain(messages)
-        self._refuse_control_tokens(plain, image_id)
+        self._refuse_control_tokens(plain, tokens.values())
         text = self._render(plain, True)
-        spans = self._question_spans(plain, text)
+        shown = [part["type"] for message in plain for part in message["content"] if part["type"] in tokens]
+        names = [self._name(tokens[modality]) for modality in shown]
+        if visuals is None:
+            visuals = [RUN] * len(names)
+        every = [self._name(token) for token in tokens.values()]
+        text, spans = _expanded(text, self._question_spans(plain, text), every, names, visuals)
 
         bos = self.named_tokens.get("bos_token")
         encoding = self._tokenize(text, add_special_tokens=not (bos and text.startswith(bos)))
@@ -126,18 +138,17 @@ class TextProcessor:
         question = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
             question |= (starts < end) & (ends > start)
-        positions = np.flatnonzero(ids == image_id)
-        images = sum(part["type"] == "image" for message in plain for part in message["content"])
-        if len(positions) != images:
+        runs = sum(visual.count(RUN) for visual in visuals)
+        if (found := int(np.isin(ids, [*tokens.values()]).sum())) != runs:
             raise PromptError(
-                f"expected {images} image placeholders in the prompt, one for each image of the messages, "
-                f"found {len(positions)}; check the chat template and which roles have images"
+                f"expected {runs} image placeholders among the tokens of the prompt, found {found}; "
+                "check the chat template"
             )
         if not question.any():
             raise PromptError("expected a question, found no token in the last user message; ask something")
         added = np.array(encoding.special_tokens_mask, dtype=bool)
-        control = np.isin(ids, [*self._control, image_id])
-        return EncodedPrompt(ids, question, ~(added | control), positions)
+        control = np.isin(ids, [*self._control, *tokens.values()])
+        return EncodedPrompt(ids, question, ~(added | control))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Token ids -> text. Ids outside the vocabulary (padding of the embedding table) are left out."""
@@ -168,12 +179,16 @@ class TextProcessor:
             raise PromptError(f"image placeholder: expected a token of the vocabulary, found {token!r}")
         return found
 
-    def _refuse_control_tokens(self, messages: list[dict[str, Any]], image_id: int) -> None:
+    def _name(self, token: int) -> str:
+        """A token of the vocabulary as text."""
+        return str(self.tokenizer.id_to_token(token))
+
+    def _refuse_control_tokens(self, messages: list[dict[str, Any]], placeholders: Iterable[int]) -> None:
         """A control token in someone's text would end the turn or stand for an image that is not there.
 
         The parts of a message are tokenized together: a template may join `<ima` and `ge>`.
         """
-        control = {**self._control, image_id: self.tokenizer.id_to_token(image_id)}
+        control = self._control | {token: self.tokenizer.id_to_token(token) for token in placeholders}
         for number, message in enumerate(messages):
             text = "".join(part.get("text", "") for part in message["content"])
             for i in self._tokenize(text, add_special_tokens=False).ids:
@@ -245,6 +260,28 @@ class TextStream:
         self._window = self._window[self._done :]
         self._done = len(self._window)
         return piece
+
+
+def _expanded(
+    text: str, spans: list[tuple[int, int]], placeholders: list[str], expected: list[str], visuals: Sequence[str]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text with each placeholder in it replaced by what stands for its image, and where the spans are then."""
+    pattern = "|".join(map(re.escape, sorted(placeholders, key=len, reverse=True)))
+    found = list(re.finditer(pattern, text)) if placeholders else []
+    if [match[0] for match in found] != expected:
+        raise PromptError(
+            f"expected {len(expected)} image placeholders in the prompt, one for each image of the messages, "
+            f"found {len(found)}; check the chat template and which roles have images"
+        )
+    pieces, moved, done = [], [[*span] for span in spans], 0
+    for match, name, visual in zip(found, expected, visuals, strict=True):
+        new = visual.replace(RUN, name)
+        pieces += [text[done : match.start()], new]
+        done = match.end()
+        for new_span, span in zip(moved, spans, strict=True):
+            for i, end in enumerate(span):
+                new_span[i] += len(new) - len(name) if end >= done else 0
+    return "".join([*pieces, text[done:]]), [(start, end) for start, end in moved]
 
 
 def _read(path: Path) -> bytes:

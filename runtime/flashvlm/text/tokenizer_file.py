@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from flashvlm.errors import BundleError, no_panic
+from flashvlm.files import refuse_constant
 from flashvlm.text.split_pattern import MAX_LENGTH as MAX_PATTERN
 from flashvlm.text.split_pattern import check_pattern
 
@@ -41,7 +42,7 @@ def load_tokenizer(content: bytes, path: str, rows: int | None = None) -> Tokeni
     """
     try:
         text = content.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_without_twins, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_without_twins, parse_constant=refuse_constant)
         vocabulary = _check_file(value)
         with no_panic():
             tokenizer = Tokenizer.from_str(text)
@@ -64,10 +65,6 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key that occurs twice")
     return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name}, which is not JSON")
 
 
 def _check_rows(ids: Mapping[str, int], rows: int) -> None:

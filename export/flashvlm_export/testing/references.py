@@ -1,4 +1,4 @@
-"""Inputs, and what the kernels should make of them, in float64."""
+"""Random inputs of a selection, and what torch, graphs and kernels should make of them, in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flashvlm_export.selection.flashvlm import SelectionInputs, SelectionParams
+from flashvlm_export.selection import SelectionInputs, SelectionParams
 from flashvlm_export.selection.ops import HIGH, LOW, TIE, TINY
 
 DEFAULTS = SelectionParams()
@@ -35,8 +35,8 @@ def make(
     query_mask, valid = np.ones((B, L), bool), np.ones((B, N), bool)
     if masks:
         query_mask, valid = rng.random((B, L)) > 0.3, rng.random((B, N)) > 0.2
-    floats = (torch.from_numpy(x).to(dtype) for x in (projected, features, saliency, query))
-    return SelectionInputs(*floats, torch.from_numpy(query_mask), torch.from_numpy(valid))
+    p, f, s, q = (torch.from_numpy(x).to(dtype) for x in (projected, features, saliency, query))
+    return SelectionInputs(p, f, s, q, torch.from_numpy(query_mask), torch.from_numpy(valid))
 
 
 DEGENERATE = (
@@ -75,21 +75,35 @@ def degenerate(kind: str, x: SelectionInputs) -> SelectionInputs:
 def score64(x: SelectionInputs, params: SelectionParams = DEFAULTS) -> np.ndarray:
     """text_guided_score in float64, [B, N]; padding is left out of every sum, maximum and minimum."""
     projected, query, saliency = (t.double().numpy() for t in (x.projected, x.query, x.saliency.float()))
-    floor = math.log(params.eps)
-    scores = np.full(saliency.shape, floor)
+    scores = np.full(saliency.shape, math.log(params.eps))
     for b, (asked, valid) in enumerate(zip(x.query_mask.numpy(), x.valid.numpy(), strict=True)):
-        p, q, s = projected[b][valid], query[b][asked], saliency[b][valid]
-        if not len(p):
-            continue
-        p, q = (t / np.maximum(np.linalg.norm(t, axis=1, keepdims=True), TINY) for t in (p, q))
-        similarity = p @ q.T
-        r = np.zeros(len(p))
-        if len(q):
-            weight = np.exp((similarity - similarity.max(1, keepdims=True)) / params.pool_temperature)
-            r = (weight * similarity).sum(1) / weight.sum(1)
-        a = np.log(np.maximum((s - s.min()) / max(s.max() - s.min(), 1 / HIGH), params.eps))
-        scores[b, valid] = (1 - params.eta) * a + params.eta * np.maximum((r - r.max()) / params.temperature, floor)
+        if valid.any():
+            r = relevance64(projected[b][valid], query[b][asked], params.pool_temperature)
+            scores[b, valid] = fused64(r, saliency[b][valid], params)
     return scores
+
+
+def relevance64(projected: np.ndarray, query: np.ndarray, pool_temperature: float) -> np.ndarray:
+    """r of text_guided_score for one item without padding: [N, D], [L, D] -> [N]."""
+    if not len(query):
+        return np.zeros(len(projected))
+    similarity = unit64(projected) @ unit64(query).T  # [N, L]
+    weight = np.exp((similarity - similarity.max(1, keepdims=True)) / pool_temperature)
+    return (weight * similarity).sum(1) / weight.sum(1)
+
+
+def fused64(r: np.ndarray, saliency: np.ndarray, params: SelectionParams = DEFAULTS) -> np.ndarray:
+    """l of text_guided_score for one item without padding: [N], [N] -> [N]."""
+    a = np.log(np.maximum(minmax64(saliency), params.eps))
+    return (1 - params.eta) * a + params.eta * np.maximum((r - r.max()) / params.temperature, math.log(params.eps))
+
+
+def minmax64(x: np.ndarray) -> np.ndarray:
+    return (x - x.min()) / max(x.max() - x.min(), 1 / HIGH)
+
+
+def unit64(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), TINY)
 
 
 class Choice(NamedTuple):
@@ -103,7 +117,7 @@ class Choice(NamedTuple):
 def choice64(
     features: np.ndarray, scores: np.ndarray, valid: np.ndarray, budget: int, top_count: int, iterations: int
 ) -> Choice:
-    """The choice of selection.flashvlm for one item, given its scores: features [N, Dv], scores [N], valid [N]."""
+    """The choice of masked_lloyd for one item, given its scores: features [N, Dv], scores [N], valid [N]."""
     N = len(scores)
     order = np.argsort(-np.where(valid, scores, LOW), kind="stable")
     top = np.zeros(N, bool)
@@ -119,7 +133,7 @@ def choice64(
 
 
 def _representatives64(features: np.ndarray, free: np.ndarray, count: int, iterations: int) -> tuple[list[int], float]:
-    x = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), TINY)
+    x = unit64(features)
     cosine = x @ x.T  # [N, N]
     tokens = np.flatnonzero(free)
     # In float32 on purpose: the seeds are part of the method, and theirs is float32 arithmetic.

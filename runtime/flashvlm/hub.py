@@ -1,0 +1,51 @@
+"""Bundles by their name on the Hugging Face Hub, where huggingface_hub is installed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from flashvlm.errors import BundleError, one_line
+
+REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+
+
+def _is_local(path: Path) -> bool:
+    try:
+        return path.exists() or path.parent.exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return True
+
+
+def bundle_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder itself, or that of a snapshot of OWNER/NAME on the Hub, which is fetched if the cache lacks it.
+
+    Raises:
+        BundleError: a name that is neither, or a snapshot that cannot be had.
+    """
+    name = os.fspath(source)
+    # A folder misspelt within one that exists is no repository, and its name is nobody's business.
+    if _is_local(Path(name)) or not isinstance(source, str) or not REPOSITORY.fullmatch(name):
+        if revision is not None:
+            raise BundleError(f"revision {revision}: {name} is no name on the Hub; leave it out for a folder")
+        return Path(name)
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise BundleError(
+            f"{name}: expected a bundle folder, found nothing there; to take it from the Hugging Face Hub, install: "
+            f"pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(hub.snapshot_download(name, revision=revision))
+    except errors.LocalEntryNotFoundError:
+        reason = "it is not in the local cache, and the Hub cannot be reached; connect, or pass a folder"
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError):
+        reason = "there is no such folder, nor a repository you may read on the Hub; check the name, or log in with hf"
+    except errors.RevisionNotFoundError:
+        reason = f"the repository has no revision {revision!r}; check its page on the Hub"
+    except Exception as error:  # a disk, a proxy, an HTTP library
+        reason = f"its download failed ({one_line(error)}); try again, or pass a folder"
+    raise BundleError(f"{name}: {reason}")

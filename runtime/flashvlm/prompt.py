@@ -1,0 +1,190 @@
+"""Where visual tokens stand among those of the text, and at which positions: the same four steps for every model.
+
+    tile(image, pixels)    -> pixels [U,C,H,W], Grid              (preprocess.py)
+    arrange(spec, grid)    -> order [N], valid [N], count         reading order of the tokens of its tiles
+    expand(spec, grid)     -> text with one "{v}" for each run of visual tokens, tokenized with the prompt
+    layout(ids, items)     -> runs of text and visual tokens, position_ids [A,T], next_position
+
+A manifest says what to do (``VisualSpec``); no model is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashvlm.manifest import VisualSpec
+from flashvlm.preprocess import AnyRes, Grid
+from flashvlm.text.processor import RUN
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """How the tokens of an item's tiles are read.
+
+    order  int64 [N]: place of each candidate among the newline (0) and the tokens of all tiles; padding, 0, is last
+    valid  bool [N]: visual tokens that may be selected; False for newlines, CLS and padding
+    count  candidates that are no padding: those of "all"
+    """
+
+    order: np.ndarray
+    valid: np.ndarray
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One image of a prompt.
+
+    count  its tokens, without padding
+    kept   int64 [K] ascending: which of them go to the language model
+    """
+
+    spec: VisualSpec
+    grid: Grid
+    count: int
+    kept: np.ndarray
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens ``start`` to ``stop`` of the prompt's ids."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Visual:
+    """Tokens ``start`` to ``stop`` of those kept of an item."""
+
+    item: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt as the decoder reads it: runs of T tokens in all.
+
+    position_ids   int64 [A,T]; one axis, or time, height and width
+    next_position  of the first new token, on every axis
+    """
+
+    runs: tuple[Text | Visual, ...]
+    position_ids: np.ndarray
+    next_position: int
+
+
+def arrange(spec: VisualSpec, grid: Grid) -> Arrangement:
+    """Reading order of an item's tokens, padded to the spec's candidates."""
+    n = spec.tokens_per_unit
+    if spec.order == "anyres":
+        assert isinstance(spec.pixels, AnyRes)
+        tokens = _unpadded(grid, *spec.grid)
+    else:
+        tokens = 1 + np.arange(grid.units * n)
+    order = np.zeros(spec.candidates, dtype=np.int64)
+    order[: len(tokens)] = tokens
+    valid = order > 0
+    if spec.skip == "cls":
+        valid &= (order - 1) % n != 0
+    return Arrangement(order, valid, len(tokens))
+
+
+def _unpadded(grid: Grid, rows: int, columns: int) -> np.ndarray:
+    """The thumbnail, then rows of the tiles' tokens that show the image and not its padding, each with a newline.
+
+    Rounding follows ``unpad_image`` of transformers' LLaVA-NeXT.
+    """
+    high, wide = grid.rows * rows, grid.columns * columns
+    height, width = grid.size
+    top = left = 0
+    if width / height > wide / high:
+        top = (high - int(round(height * (wide / width), 7))) // 2
+    else:
+        left = (wide - int(round(width * (high / height), 7))) // 2
+    y, x = np.mgrid[top : high - top, left : wide - left]
+    unit = 1 + (y // rows) * grid.columns + x // columns  # the thumbnail is unit 0
+    tokens = 1 + (unit * rows + y % rows) * columns + x % columns
+    lines = np.pad(tokens, ((0, 0), (0, 1)))  # 0: the newline
+    return np.concatenate([1 + np.arange(rows * columns), lines.ravel()])
+
+
+def expand(spec: VisualSpec, grid: Grid) -> str:
+    """What stands in the prompt for an item: text around its runs of visual tokens, each a ``{v}``."""
+    text = spec.text
+    if text.tile is None or grid.rows * grid.columns == 1:
+        return text.whole
+    lines = []
+    for row in range(grid.rows):
+        cells = (_filled(text.tile, {"r": row + 1, "c": column + 1}) for column in range(grid.columns))
+        lines.append("".join(cells) + text.row_end)
+    return "".join(lines) + (text.last if grid.thumbnail == "last" else "")
+
+
+def _filled(pattern: str, numbers: dict[str, int]) -> str:
+    # Not str.format: a pattern is the bundle's, and reaches into nothing.
+    for name, number in numbers.items():
+        pattern = pattern.replace(f"{{{name}}}", str(number))
+    return pattern
+
+
+def run_lengths(item: Item) -> list[int]:
+    """Candidates in each run of an item, as many as ``expand`` has of them."""
+    runs = expand(item.spec, item.grid).count(RUN)
+    return [item.count] if runs == 1 else [item.spec.tokens_per_unit] * item.grid.units
+
+
+def layout(ids: np.ndarray, items: Sequence[Item], axes: int, keep_positions: bool) -> Prompt:
+    """Puts the visual tokens in place of their placeholders.
+
+    Args:
+        ids: int64 [T] of the prompt, with one placeholder id of the item's spec for each run.
+        items: in the order of their placeholders.
+        axes: of the positions.
+        keep_positions: tokens stand at the positions they have among all; else, on one axis, they are numbered anew.
+    """
+    runs: list[Text | Visual] = []
+    positions: list[np.ndarray] = []  # [A, tokens of a run]
+    cursor = done = 0
+    places = np.flatnonzero(np.isin(ids, [item.spec.placeholder_id for item in items]))
+    at = iter(places.tolist())
+
+    def text(stop: int) -> None:
+        nonlocal cursor, done
+        if stop > done:
+            runs.append(Text(done, stop))
+            positions.append(np.tile(cursor + np.arange(stop - done), (axes, 1)))
+            cursor += stop - done
+        done = stop + 1
+
+    for number, item in enumerate(items):
+        first = 0
+        for length in run_lengths(item):
+            text(next(at))
+            start, stop = np.searchsorted(item.kept, (first, first + length)).tolist()
+            runs.append(Visual(number, start, stop))
+            places_of = coordinates(item.spec, length, axes)  # [A, length]
+            if keep_positions:
+                positions.append(cursor + places_of[:, item.kept[start:stop] - first])
+                cursor += int(places_of.max()) + 1
+            else:
+                positions.append(np.tile(cursor + np.arange(stop - start), (axes, 1)))
+                cursor += stop - start
+            first += length
+    text(len(ids))
+    joined = np.concatenate(positions, axis=1) if positions else np.zeros((axes, 0), dtype=np.int64)
+    return Prompt(tuple(runs), joined.astype(np.int64), cursor)
+
+
+def coordinates(spec: VisualSpec, length: int, axes: int) -> np.ndarray:
+    """int64 [A, length]: where the tokens of a run are, from the run's own start. Text goes on behind the largest."""
+    index = np.arange(length)
+    if spec.positions == "sequential":
+        return np.tile(index, (axes, 1))
+    rows, columns = spec.grid
+    unit, cell = np.divmod(index, rows * columns)
+    return np.stack([unit * spec.time_scale, *np.divmod(cell, columns)]).astype(np.int64)
