@@ -71,7 +71,8 @@ def test_the_demo_runs_again_on_the_bundle_it_has(demo: tuple[Path, str]) -> Non
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["quick", "every"])
 def test_the_commands_of_the_readme_run(demo: tuple[Path, str], every: bool) -> None:
     tree, _ = demo
-    Image.open(tree / "scripts" / "assets" / "scene.png").save(tree / "cat.jpg")
+    for name in ("cat.jpg", "left.jpg", "right.jpg"):
+        Image.open(tree / "scripts" / "assets" / "scene.png").save(tree / name)
     first, own = blocks("README.md", "bash")
     assert [line.split()[0] for line in first.splitlines()] == ["scripts/demo", "scripts/test"]
     bundle = tree / "llava"

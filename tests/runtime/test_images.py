@@ -32,6 +32,7 @@ def convert_to_rgb():
     return lambda image: convert_to_rgb(image, return_numpy=True)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
 def test_modes_equal_transformers(convert_to_rgb, mode):
     image = PIL.Image.fromarray(noise(20, 31, 4))

@@ -28,11 +28,9 @@ from flashvlm.profiling.measure import (
     measure,
     recommend,
     summarise,
-    synthetic_photo,
-    synthetic_prompt,
-    variations,
 )
 from flashvlm.profiling.plot import draw
+from flashvlm.profiling.synthetic import synthetic_photo, synthetic_prompt, variations
 from flashvlm.profiling.table import spread, statistics, to_json
 from flashvlm.sessions.onnxruntime import OnnxRuntimeSession
 from refusals import assert_refused, run

@@ -213,6 +213,7 @@ def test_frequencies_pass_chi_square():
     assert ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum() < 16.27
 
 
+@pytest.mark.parity
 def test_the_order_of_the_warpers_is_that_of_generate():
     """What transformers' generate builds from the same options, in its own order."""
     import torch
@@ -242,6 +243,7 @@ def test_the_order_of_the_warpers_is_that_of_generate():
     assert Sampler(params, ids)(rows).tolist() == expected
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("penalty", [0.5, 1.1, 1.3, 2.0])
 def test_the_repetition_penalty_equals_transformers_step_by_step(penalty):
     """Greedy, over prompt and answer; float32 to the bit, or the answer would change at the first tie."""
@@ -264,6 +266,7 @@ def test_the_repetition_penalty_equals_transformers_step_by_step(penalty):
     assert (np.stack(chosen) != plain).any()
 
 
+@pytest.mark.parity
 def test_penalised_logits_equal_transformers_to_the_bit():
     import torch
     from transformers import RepetitionPenaltyLogitsProcessor
@@ -348,6 +351,7 @@ def test_as_many_rows_as_logits():
         Sampler([SamplingParams()], [[1], [2]])
 
 
+@pytest.mark.parity
 def test_logprobs_equal_torch():
     import torch
 

@@ -22,23 +22,17 @@ from flashvlm import FlashVLMError
 from flashvlm.bundle import Bundle
 from flashvlm.cli.profile import main
 from flashvlm.engines import ENGINE_MANIFEST, ENGINES, BuildFlags, EngineManifest, EngineSpec, Target
-from flashvlm.profiling.measure import ProfileOptions, Spread, synthetic_prompt
-from flashvlm.profiling.trtexec import (
+from flashvlm.profiling.measure import ProfileOptions, Spread
+from flashvlm.profiling.synthetic import synthetic_prompt
+from flashvlm.profiling.trtexec import Engines, Job, Libraries, command, find_engines, jobs, script, write_values
+from flashvlm.profiling.trtexec_json import (
     OUTSIDE,
-    Engines,
-    Job,
-    Libraries,
-    command,
-    find_engines,
-    jobs,
     layer_path,
     over_layers,
     read_layer_nodes,
     read_profile,
     read_times,
-    script,
     sum_by_path,
-    write_values,
 )
 from flashvlm.sessions.onnxruntime import NUMPY_DTYPES
 from refusals import assert_refused, copy_of, run

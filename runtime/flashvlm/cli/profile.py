@@ -64,8 +64,9 @@ def profile(
     """Measure vision, selection, prefill and decoding at each budget of a bundle."""
     from flashvlm.bundle import Bundle
     from flashvlm.images import load_image
-    from flashvlm.profiling.measure import PHOTO, ProfileOptions, check_options
+    from flashvlm.profiling.measure import ProfileOptions, check_options
     from flashvlm.profiling.report import check_out
+    from flashvlm.profiling.synthetic import PHOTO
     from flashvlm.profiling.trtexec import Libraries
 
     by_trtexec = trtexec or print_commands

@@ -12,8 +12,8 @@ from flashvlm.cli import support
 from flashvlm.engines import build_command
 from flashvlm.errors import FlashVLMError
 from flashvlm.files import atomic_folder
-from flashvlm.profiling.measure import synthetic_prompt
 from flashvlm.profiling.report import TRTEXEC_FOLDER
+from flashvlm.profiling.synthetic import synthetic_prompt
 from flashvlm.profiling.trtexec import (
     ANY_GPU,
     Libraries,

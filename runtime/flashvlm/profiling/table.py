@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashvlm.profiling.measure import STAGES, BudgetProfile, Profile, Recommendation, Spread
-from flashvlm.profiling.trtexec import over_layers
+from flashvlm.profiling.trtexec_json import over_layers
 from flashvlm.sizes import format_size
 
 SCHEMA_VERSION = 1
