@@ -41,6 +41,7 @@ TIERS = {
     "runtime/test_tensorrt_session.py": "engines",
     "runtime/test_tensorrt_session_calls.py": "engines",
     "scripts": "commands",
+    "test_imports.py": "unit",
     "scripts/test_scenes.py": "unit",
     "test_tiers.py": "unit",
 }

@@ -48,7 +48,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("text_config.layer_types has 'sliding_attention'",),
     ),
     "image token": ({"image_token_index": -1}, ("config.json",)),
-    "image token beyond": ({"image_token_index": 10**6}, ("expected a token of the vocabulary, found 1000000",)),
+    "image token beyond": (
+        {"image_token_index": 10**6},
+        ("image_token_index is 1000000; expected one of the 514 tokens",),
+    ),
 }
 
 

@@ -35,7 +35,7 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", fuzz.CLASSES)
 def test_a_few_of_each_class(name: str, tiny_bundle: Path, tiny_checkpoint: Path) -> None:
-    printed = run_class(name, 12, tiny_bundle, tiny_checkpoint, 240)
+    printed = run_class(name, 6, tiny_bundle, tiny_checkpoint, 240)
     assert "'found': 0" in printed
 
 

@@ -63,6 +63,7 @@ def test_the_tests_of_every_method_hold(name: str) -> None:
     getattr(test_every_method, name)("toy")
 
 
+@pytest.mark.slow
 def test_it_is_exported_and_answers(tiny_checkpoint: Path, tmp_path: Path) -> None:
     flags = ("--method", "toy", "--eta", "0.25", "--budget", "4")
     ran = run(main, "--model", tiny_checkpoint, "--out", tmp_path / "toy", *flags)

@@ -215,6 +215,7 @@ def family_config(checkpoint: Path) -> dict[str, Any]:
     return read_config(checkpoint / "config.json")
 
 
+@pytest.mark.slow
 def test_graphs_of_several_sizes_share_one_file(checkpoint: Path, reference: Reference, tmp_path: Path) -> None:
     visual = VisualOptions(image_sizes=((8, 8), (16, 16)), max_tiles=1)
     manifest = export(ExportOptions(str(checkpoint), tmp_path / "out", budgets=(16,), visual=visual)).manifest

@@ -206,6 +206,7 @@ def test_a_tied_table_is_stored_once_and_gives_transformers_logits(tied_checkpoi
     assert np.array_equal(logits.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.slow
 def test_a_table_in_another_dtype_is_stored_beside_the_head(tied_checkpoint: Path, tmp_path: Path) -> None:
     options = ExportOptions(str(tied_checkpoint), tmp_path / "out", budgets=(), embeddings_dtype="float16")
     manifest = export(options).manifest

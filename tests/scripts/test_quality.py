@@ -187,6 +187,7 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_command_line(tiny_checkpoint: Path, work: Path, tmp_path: Path) -> None:
     common = ("--model", tiny_checkpoint, "--work", work, "--questions", 14, "--rounds", 2, "--budgets", 4)
     done = invoke(*common, "--variants", "uniform,flashvlm")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from flashvlm.processor import TextProcessor
 from safetensors.torch import load_file
 
 from demo_model import batches, build, evaluate, ship, train
@@ -16,6 +15,7 @@ from demo_model.batches import Batches, Plan
 from demo_model.stages import STAGES, Demo, Stage
 from demo_model.turns import IGNORED, Turns
 from demo_model.words import ATTRIBUTES, OF_THINGS
+from flashvlm.text.processor import TextProcessor
 from flashvlm_export.checkpoint import SHIPPED
 from scenes.exam import conversations
 from scenes.questions import NUMBERS, Question, ask
@@ -162,7 +162,9 @@ def test_a_conversation_is_what_the_chat_template_renders(processor: Path) -> No
     for i, (question, answer) in enumerate(ASKED):
         content = [{"type": "image"}] * (not i) + [{"type": "text", "text": question}]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        prompt = TextProcessor.from_folder(processor).encode(messages[:-1], turns.image_id).input_ids.tolist()
+        prompt = (
+            TextProcessor.from_folder(processor).encode(messages[:-1], {"image": turns.image_id}).input_ids.tolist()
+        )
         assert turns.prompt(ASKED[:i], question, 1).tolist() == prompt
     encoded = turns.encode([[ASKED]], [1])
     ids = [*encoded["prefix_ids"][0].tolist(), *encoded["question_ids"][encoded["number"] == 0].tolist()]
