@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -134,7 +134,7 @@ class Writing:
         self._writers = [_Writer(text, prompt, params) for prompt in prompts]
         self._decoding, self._limit, self._timings = decoding, limit, timings
 
-    def __iter__(self) -> Iterator[list[str]]:
+    def __iter__(self) -> Generator[list[str], None, None]:
         for step in self._decoding:
             pieces = []
             for b, (writer, token) in enumerate(zip(self._writers, step, strict=True)):
@@ -165,7 +165,7 @@ class Stream:
     def __init__(self, writing: Writing, ended: Callable[[Answer], None] | None = None) -> None:
         """``ended`` is called once, with the answer."""
         self._writing, self._ended = writing, ended
-        self._steps = iter(writing)
+        self._steps = writing.__iter__()
         self._cancelled = threading.Event()
         self._lock = threading.Lock()  # one step at a time
         self.answer: Answer | None = None
@@ -184,6 +184,11 @@ class Stream:
                 except StopIteration:
                     self._end(cancelled=False)
                     break
+                except BaseException as error:
+                    self._cancelled.set()  # what was written is an answer cut short
+                    if isinstance(error, Exception):
+                        self._ended = None
+                    raise
                 if piece:
                     return piece
             raise StopIteration
@@ -207,9 +212,11 @@ class Stream:
 
     def _end(self, cancelled: bool) -> Answer:
         if self.answer is None:
+            self._steps.close()  # and the KV cache is free
             (self.answer,) = self._writing.answers(cancelled)
-            if self._ended is not None:
-                self._ended(self.answer)
+            ended, self._ended = self._ended, None
+            if ended is not None:
+                ended(self.answer)
         return self.answer
 
     def __enter__(self) -> Stream:

@@ -10,7 +10,7 @@ from flashvlm.answers import Answer, Stream
 from flashvlm.budget import Budget
 from flashvlm.encoder import Encoded, Kept, question, request
 from flashvlm.generation import Held, Row, Timings, capacity_for, check_capacity
-from flashvlm.messages import Message, TextPart
+from flashvlm.messages import Message, TextPart, normalise
 from flashvlm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """Questions and answers about the same images. A question that is refused leaves it as it was.
-
-    messages  what was said: normalised messages of the roles system, user and assistant
-    """
+    """Questions and answers about the same images. A question that is refused leaves it as it was."""
 
     def __init__(
         self,
@@ -35,10 +32,16 @@ class Conversation:
         system: str | None,
     ) -> None:
         self._pipeline, self._images, self._budget, self._reselect = pipeline, images, budget, reselect
-        self.messages: list[Message] = [Message("system", (TextPart(system),))] if system else []
-        self._kept: tuple[int | None, tuple[Kept, ...]] | None = None  # tokens to keep of each image, and which
+        self._messages = list(normalise([{"role": "system", "content": system}])) if system else []
+        # Tokens to keep of each image, which images, and what was kept.
+        self._kept: tuple[tuple[int | None, tuple[tuple[str, str], ...]], tuple[Kept, ...]] | None = None
         self._held: Held | None = None
         self._open: Stream | None = None
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """What was said, by system, user and assistant."""
+        return tuple(self._messages)
 
     def ask(self, prompt: str, *, budget: Budget | None = None, **options: Unpack[SamplingOptions]) -> Answer:
         """The next answer.
@@ -60,8 +63,8 @@ class Conversation:
         params = SamplingParams.from_options(options)
         if self._open is not None:
             self._open.close()
-        first = not any(message.role == "user" for message in self.messages)
-        messages = [*self.messages, question(prompt, self._images if first else ())]
+        first = not any(message.images for message in self._messages)
+        messages = [*self._messages, question(prompt, self._images if first else ())]
         budget = self._budget if budget is None else budget
         timings = Timings()
         held = None
@@ -73,7 +76,7 @@ class Conversation:
 
         def join(answer: Answer) -> None:
             if answer.text or answer.stop_reason != "cancelled":
-                self.messages = [*messages, Message("assistant", (TextPart(answer.text),))]
+                self._messages = [*messages, Message("assistant", (TextPart(answer.text),))]
 
         self._open = Stream(self._pipeline.write([encoded], params, timings, held), join)
         return self._open
@@ -82,9 +85,11 @@ class Conversation:
         """The prompt of all messages, with the images' tokens that the first question at this budget selected."""
         encoder, keep = self._pipeline.encoder, self._pipeline.keep(budget)
         (prompt,) = encoder.read([request(messages)], timings)
-        if self._kept is None or self._kept[0] != keep:
+        of = keep, tuple(sight.key for sight in prompt.sights)
+        if self._kept is None or self._kept[0] != of:
             (encoded,) = encoder.keep([prompt], keep, timings)
-            self._kept = keep, encoded.kept
+            self._kept = of, encoded.kept
+            self._held = None  # a method may merge tokens: at the same place there is another
         return encoder.place(prompt, self._kept[1])
 
     def _room_for(self, row: Row, max_new_tokens: int) -> Held:

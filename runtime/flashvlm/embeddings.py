@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flashvlm.dtypes import NUMPY_DTYPES, SAFETENSORS
-from flashvlm.errors import BundleError
+from flashvlm.errors import BundleError, FlashVLMError
 from flashvlm.files import open_regular, parse_json
 from flashvlm.graph_io import FloatType
 
@@ -68,6 +68,8 @@ class EmbeddingTable:
         self._file.close()
 
     def _pread(self, size: int, offset: int) -> bytes:
+        if self._file.closed:
+            raise FlashVLMError("the pipeline was closed; open the bundle again")
         content = os.pread(self._file.fileno(), size, offset)
         if len(content) != size:
             raise BundleError(f"{self._path} ended early: it was cut while in use; export the bundle again")

@@ -19,9 +19,9 @@ import PIL.Image
 
 from flashvlm.bundle import Bundle
 from flashvlm.embeddings import EmbeddingTable
-from flashvlm.errors import FlashVLMError, PromptError
+from flashvlm.errors import FlashVLMError, PromptError, brief
 from flashvlm.feature_cache import FeatureCache
-from flashvlm.generation import Row, Timings
+from flashvlm.generation import Row, Timings, check_length
 from flashvlm.graph_io import DECODER, select_graph
 from flashvlm.images import ImageSource, image_digest, load_image
 from flashvlm.manifest import EMBEDDINGS, PROCESSOR, VisualSpec
@@ -168,6 +168,7 @@ class Encoder:
     def _read(self, request: Request, sights: tuple[Sight, ...]) -> Prompt:
         texts = [expand(sight.spec, sight.grid) for sight in sights]
         encoded = self.text.encode(request.messages, self._manifest.placeholders, texts)
+        check_length(len(encoded.input_ids), self._session.limits)  # before vision and selection work for nothing
         asked = self._manifest.selection.query == "question"
         mask = encoded.question_mask if asked else encoded.text_mask
         return Prompt(encoded.input_ids, encoded.input_ids[mask], sights)
@@ -309,7 +310,7 @@ def _milliseconds(started: float) -> float:
 def question(text: object, images: Iterable[ImageSource]) -> Message:
     """A user's message: the images, then the text."""
     if not isinstance(text, str):
-        raise PromptError(f"prompt: expected a question as a str, found {text!r}")
+        raise PromptError(f"prompt: expected a question as a str, found {brief(text)}")
     if not text.strip():
         raise PromptError("the prompt is empty; expected a question")
     parts: list[object] = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
@@ -317,9 +318,12 @@ def question(text: object, images: Iterable[ImageSource]) -> Message:
     return message
 
 
-def request(messages: Sequence[Message]) -> Request:
-    """Messages as the chat template sees them, and their images, loaded. One that occurs again is loaded once."""
-    loaded: dict[int, PIL.Image.Image] = {}
+def request(messages: Sequence[Message], loaded: dict[int, PIL.Image.Image] | None = None) -> Request:
+    """Messages as the chat template sees them, and their images, loaded. One that occurs again is loaded once.
+
+    ``loaded``: what was loaded for other messages, by the ``id`` of the source; it learns what is loaded here.
+    """
+    loaded = {} if loaded is None else loaded
     for source in (source for message in messages for source in message.images):
         if id(source) not in loaded:
             loaded[id(source)] = load_image(source)

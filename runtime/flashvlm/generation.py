@@ -75,6 +75,15 @@ class Held:
         return int(differ[0]) if len(differ) else length
 
 
+def check_length(tokens: int, limits: Limits) -> None:
+    """Raises PromptError for a prompt of more tokens than the cache has slots."""
+    if tokens > limits.max_seq:
+        raise PromptError(
+            f"the prompt is {tokens} tokens long with its image; {limits.holder} {limits.max_seq}: "
+            f"shorten it, use a smaller budget, or {limits.larger(max_seq=tokens)}"
+        )
+
+
 def check_capacity(rows: list[Row], max_new_tokens: int, limits: Limits) -> int:
     """How many tokens may be generated before the longest row fills the cache.
 
@@ -82,11 +91,7 @@ def check_capacity(rows: list[Row], max_new_tokens: int, limits: Limits) -> int:
         PromptError: a prompt does not fit with at least one new token.
     """
     longest = max(map(len, rows))
-    if longest > limits.max_seq:
-        raise PromptError(
-            f"the prompt is {longest} tokens long with its image; {limits.holder} {limits.max_seq}: "
-            f"shorten it, use a smaller budget, or {limits.larger(max_seq=longest)}"
-        )
+    check_length(longest, limits)
     # The last new token is never fed back, so it needs no slot.
     return min(max_new_tokens, limits.max_seq - longest + 1)
 

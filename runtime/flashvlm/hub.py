@@ -6,9 +6,21 @@ import os
 import re
 from pathlib import Path
 
-from flashvlm.errors import BundleError, one_line
+from flashvlm.bundle import MANIFEST, MAX_MANIFEST
+from flashvlm.errors import BundleError, brief, one_line
+from flashvlm.files import read_json
 
 REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+
+
+def _files(manifest: Path) -> list[str]:
+    """What a bundle has of files, as far as its manifest can be read: whether it is right is looked at later."""
+    try:
+        listed = read_json(manifest, MAX_MANIFEST)["files"]
+        names = [name for name in listed if re.fullmatch(r"[\w./-]{1,201}", name, re.ASCII)]
+    except (OSError, ValueError, KeyError, TypeError):
+        names = []
+    return [MANIFEST, "engines/*", *names]
 
 
 def _is_local(path: Path) -> bool:
@@ -24,7 +36,8 @@ def bundle_folder(source: str | os.PathLike[str], revision: str | None = None) -
     Raises:
         BundleError: a name that is neither, or a snapshot that cannot be had.
     """
-    name = os.fspath(source)
+    if not isinstance(source, (str, os.PathLike)) or not isinstance(name := os.fspath(source), str):
+        raise BundleError(f"bundle: expected a folder or a name on the Hub, found {brief(source)}")
     # A folder misspelt within one that exists is no repository, and its name is nobody's business.
     if _is_local(Path(name)) or not isinstance(source, str) or not REPOSITORY.fullmatch(name):
         if revision is not None:
@@ -39,9 +52,13 @@ def bundle_folder(source: str | os.PathLike[str], revision: str | None = None) -
             f"pip install huggingface_hub"
         ) from None
     try:
-        return Path(hub.snapshot_download(name, revision=revision))
+        manifest = Path(hub.hf_hub_download(name, MANIFEST, revision=revision))
+        # Of a repository that holds more than the bundle, such as its checkpoint, nothing else is fetched.
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=_files(manifest)))
     except errors.LocalEntryNotFoundError:
         reason = "it is not in the local cache, and the Hub cannot be reached; connect, or pass a folder"
+    except errors.EntryNotFoundError:
+        reason = f"the repository has no {MANIFEST}; name one that holds a bundle, or export its checkpoint"
     except (errors.RepositoryNotFoundError, errors.GatedRepoError):
         reason = "there is no such folder, nor a repository you may read on the Hub; check the name, or log in with hf"
     except errors.RevisionNotFoundError:

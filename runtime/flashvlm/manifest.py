@@ -61,6 +61,8 @@ Heads = Annotated[int, Field(gt=0, le=1 << 12)]
 Vocabulary = Annotated[int, Field(gt=0, le=1 << 22)]
 Slots = Annotated[int, Field(gt=0, le=1 << 24)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 22)]
+MAX_PIXEL_VALUES = 1 << 27  # of all tiles of an image, float32: 537 MB
+MAX_KV_VALUES = 1 << 24  # of a cache slot, keys and values of all layers: models have 10^4 to 10^6
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -111,6 +113,8 @@ class ModelSpec(_Record):
 
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
+        if 2 * self.num_layers * self.num_key_value_heads * self.head_dim > MAX_KV_VALUES:
+            raise ValueError(f"expected at most {MAX_KV_VALUES:,} values in a cache slot, found more")
         for token in self.eos_token_ids:
             if token >= self.vocab_size:
                 raise ValueError(f"token id {token} is beyond the table of {self.vocab_size} rows")
@@ -179,8 +183,13 @@ class VisualSpec(_Record):
             raise ValueError(f"order {self.order} does not go with the tiling {self.pixels.tiling}")
         if self.candidates != (most := self._most()):
             raise ValueError(f"expected {most} candidates of these tiles, found {self.candidates}")
-        if self.text.tile is not None and self.order == "anyres":
-            raise ValueError("text between tiles does not go with rows over all tiles")
+        if self.text.tile is not None:
+            if self.order == "anyres":
+                raise ValueError("text between tiles does not go with rows over all tiles")
+            if (self.text.last.count("{v}") == 1) != self.pixels.may_have_thumbnail:
+                raise ValueError("expected one {v} in the text of the thumbnail, and none without one")
+        if (numbers := self.pixels.max_units * math.prod(self.pixels.unit_shape)) > MAX_PIXEL_VALUES:
+            raise ValueError(f"expected at most {MAX_PIXEL_VALUES:,} pixel values of an image, found {numbers:,}")
         return self
 
     def _most(self) -> int:
@@ -236,6 +245,8 @@ class Manifest(_Record):
             raise ValueError("the fused layout takes one image without tiles, and a cache written in place")
         if len({visual.graph for visual in self.visual}) != len(self.visual):
             raise ValueError("expected different vision graphs, found one twice")
+        if len({(visual.modality, visual.placeholder_id) for visual in self.visual}) > len(self.placeholders):
+            raise ValueError("expected one placeholder_id for a modality, found several")
         for visual in self.visual:
             if visual.placeholder_id >= self.model.vocab_size:
                 table = f"the table of {self.model.vocab_size} rows"
@@ -268,15 +279,16 @@ class Manifest(_Record):
                 raise ValueError(f"{user} uses {file!r}, which files does not list")
 
     def _check_graphs(self) -> None:
-        expected = dict(self.contract())
-        if missing := [name for name in expected if name not in self.graphs]:
+        # By their names first: a few numbers may ask for millions of inputs.
+        names = list(graph_names(self.visual, self.selection.budgets, self.layout))
+        if missing := [name for name in names if name not in self.graphs]:
             raise ValueError(f"no graph {missing[0]!r}; it has {', '.join(sorted(self.graphs))}")
-        if odd := self.graphs.keys() - expected.keys():
+        if odd := self.graphs.keys() - set(names):
             raise ValueError(
-                f"expected the graphs {', '.join(sorted(expected))} for these budgets, found another set: "
+                f"expected the graphs {', '.join(sorted(names))} for these budgets, found another set: "
                 f"{', '.join(sorted(odd))}"
             )
-        for name, (inputs, outputs) in expected.items():
+        for name, (inputs, outputs) in self.contract():
             graph = self.graphs[name]
             for kind, found, wanted in (("input", graph.inputs, inputs), ("output", graph.outputs, outputs)):
                 if found != wanted:
@@ -285,6 +297,20 @@ class Manifest(_Record):
     def contract(self) -> Iterator[tuple[str, GraphIO]]:
         """Every graph this bundle has to have, with its inputs and outputs."""
         yield from graphs_of(self.model, self.visual, self.selection.budgets, self.layout)
+
+
+def graph_names(
+    visual: Sequence[VisualSpec], budgets: Sequence[int], layout: Literal["split", "fused"]
+) -> Iterator[str]:
+    """Of all graphs of a bundle, in the order of ``graphs_of``."""
+    yield from (spec.graph for spec in visual)
+    yield DECODER
+    for spec in visual:
+        for budget in budgets:
+            if budget <= spec.candidates:
+                yield graph_io.select_graph(spec.graph, budget)
+                if layout == "fused":
+                    yield graph_io.prefill_graph(spec.graph, budget)
 
 
 def graphs_of(

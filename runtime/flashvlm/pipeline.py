@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, overload
 
 import numpy as np
+import PIL.Image
 
 from flashvlm.answers import Answer, AsyncStream, Stream, Writing
 from flashvlm.budget import ALL, Budget, choose_budget
 from flashvlm.bundle import Bundle
 from flashvlm.conversation import Conversation
 from flashvlm.encoder import Encoded, Encoder, question, request
-from flashvlm.errors import PromptError
+from flashvlm.errors import FlashVLMError, PromptError, brief
 from flashvlm.generation import Decoding, Held, Timings, check_capacity
 from flashvlm.hub import bundle_folder
 from flashvlm.images import ImageSource
@@ -83,6 +84,8 @@ class Pipeline:
         from flashvlm.sessions.backends import open_session
 
         bundle = path if isinstance(path, Bundle) else Bundle(bundle_folder(path, revision), verify=verify)
+        if not isinstance(plugins, (str, os.PathLike, type(None))):
+            raise FlashVLMError(f"plugins: expected the path of a library, found {brief(plugins)}")
         library = None if plugins is None else Path(plugins)
         return cls(bundle, open_session(bundle, backend, device, provider, threads, verify, library, engine_code))
 
@@ -160,7 +163,7 @@ class Pipeline:
         if isinstance(prompt, str):
             return self._answers([[question(prompt, _images(image))]], budget, params)[0]
         if not isinstance(prompt, (list, tuple)) or not prompt:
-            raise PromptError(f"prompt: expected a question or a list of them, found {prompt!r}")
+            raise PromptError(f"prompt: expected a question or a list of them, found {brief(prompt)}")
         images = image if isinstance(image, (list, tuple)) else [image] * len(prompt)
         if len(images) != len(prompt):
             raise PromptError(f"expected {len(prompt)} image(s) for {len(prompt)} prompt(s), found {len(images)}")
@@ -301,7 +304,8 @@ class Pipeline:
         """Normalised messages -> rows for the decoder: vision and selection run for all of them together."""
         keep = self.keep(budget)
         check_batch(len(conversations), self._session.limits)
-        return self.encoder.encode([request(messages) for messages in conversations], keep, timings)
+        loaded: dict[int, PIL.Image.Image] = {}  # prompts may share an image
+        return self.encoder.encode([request(messages, loaded) for messages in conversations], keep, timings)
 
     def write(
         self, prompts: list[Encoded], params: SamplingParams, timings: Timings, held: Held | None = None

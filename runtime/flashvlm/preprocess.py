@@ -82,6 +82,11 @@ class Single(_Pixels):
     def max_units(self) -> int:
         return 1
 
+    @property
+    def may_have_thumbnail(self) -> bool:
+        """Whether the whole image may stand behind its tiles."""
+        return False
+
 
 class _Tiled(_Pixels):
     """Square tiles of ``side`` pixels."""
@@ -114,6 +119,10 @@ class AnyRes(_Tiled):
     def max_units(self) -> int:
         return 1 + max(height * width for height, width in self.pinpoints) // self.side**2
 
+    @property
+    def may_have_thumbnail(self) -> bool:
+        return False  # it stands before them
+
 
 class GridTiles(_Tiled):
     """The grid of ``min_tiles`` to ``max_tiles`` whose aspect ratio is nearest, then a thumbnail if there are several
@@ -132,7 +141,11 @@ class GridTiles(_Tiled):
 
     @property
     def max_units(self) -> int:
-        return self.max_tiles + (self.thumbnail and self.max_tiles > 1)
+        return self.max_tiles + self.may_have_thumbnail
+
+    @property
+    def may_have_thumbnail(self) -> bool:
+        return self.thumbnail and self.max_tiles > 1
 
 
 class LongestEdge(_Tiled):
@@ -144,8 +157,12 @@ class LongestEdge(_Tiled):
 
     @property
     def max_units(self) -> int:
-        # An aspect of 1 has the most; rounding up may add a row or column.
-        return math.ceil(self.edge / self.side) ** 2 + 1
+        # An aspect of 1 has the most; its shorter edge is made even.
+        return math.ceil((self.edge + self.edge % 2) / self.side) ** 2 + 1
+
+    @property
+    def may_have_thumbnail(self) -> bool:
+        return True
 
 
 Pixels = Annotated[Single | AnyRes | GridTiles | LongestEdge, Field(discriminator="tiling")]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flashvlm.errors import PromptError
 from flashvlm.manifest import VisualSpec
 from flashvlm.preprocess import AnyRes, Grid
 from flashvlm.text.processor import RUN
@@ -151,6 +152,8 @@ def layout(ids: np.ndarray, items: Sequence[Item], axes: int, keep_positions: bo
     positions: list[np.ndarray] = []  # [A, tokens of a run]
     cursor = done = 0
     places = np.flatnonzero(np.isin(ids, [item.spec.placeholder_id for item in items]))
+    if len(places) != sum(len(run_lengths(item)) for item in items):
+        raise PromptError(f"expected a placeholder for each run of visual tokens, found {len(places)}; export again")
     at = iter(places.tolist())
 
     def text(stop: int) -> None:

@@ -180,6 +180,14 @@ MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
         manifest(lambda m: m["visual"][0].update(positions="mrope")),
         ("positions mrope need 3 position_axes",),
     ),
+    "two placeholders of one kind": (
+        manifest(lambda m: m["visual"].append({**m["visual"][0], "graph": "vision-2", "placeholder_id": 3})),
+        ("expected one placeholder_id for a modality",),
+    ),
+    "a cache without end": (
+        manifest(lambda m: m["model"].update(num_layers=1024, head_dim=65536)),
+        ("values in a cache slot",),
+    ),
     "a vision graph named twice": (
         manifest(lambda m: m["visual"].append(m["visual"][0])),
         ("expected different vision graphs, found one twice",),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,92 @@ def test_a_stream_is_cancelled_from_another_thread(pipeline: Pipeline, image: np
     assert len(stream.answer.token_ids) < 100
 
 
+def test_a_prompt_that_cannot_fit_is_refused_before_vision(
+    tiny_gqa_bundle: Path, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline.from_bundle(tiny_gqa_bundle)
+    monkeypatch.setattr(pipeline._session, "vision", lambda *_: pytest.fail("vision ran"))
+    with pytest.raises(PromptError, match="tokens long"):
+        pipeline.generate(image, "a b " * 50_000)
+
+
+def test_a_stream_that_failed_claims_no_end(
+    tiny_gqa_bundle: Path, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline.from_bundle(tiny_gqa_bundle)
+    talk = pipeline.conversation(image)
+    stream = talk.stream(QUESTION, max_new_tokens=9)
+    next(stream)
+
+    def failing(*_: Any) -> Any:
+        raise FlashVLMError("the device is gone")
+
+    monkeypatch.setattr(pipeline._session, "decode", failing)
+    with pytest.raises(FlashVLMError, match="the device is gone"):
+        stream.result()
+    assert stream.close().stop_reason == "cancelled"
+    assert talk.messages == ()
+
+
+def test_a_stream_that_ended_holds_no_cache(
+    tiny_gqa_bundle: Path, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline.from_bundle(tiny_gqa_bundle)
+    caches: list[Any] = []
+    inner = pipeline._session.new_cache
+
+    class Cache(dict[str, Any]):
+        """What can be referred to weakly."""
+
+    def recording(*sizes: int) -> Any:
+        cache = Cache(inner(*sizes))
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(pipeline._session, "new_cache", recording)
+    gc.disable()
+    try:
+        with pipeline.stream(image, QUESTION, max_new_tokens=9) as stream:
+            next(stream)
+        assert caches[-1]() is None
+        talk = pipeline.conversation(image, reselect=False)
+        talk.ask(QUESTION, max_new_tokens=2)
+        assert caches[-1]() is not None
+        del talk
+        assert caches[-1]() is None
+    finally:
+        gc.enable()
+
+
+def test_prompts_share_an_image(pipeline: Pipeline, image: np.ndarray) -> None:
+    loads: list[int] = []
+
+    class Once(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            loads.append(1)
+            return super().read(size)
+
+        def seekable(self) -> bool:
+            return False
+
+    both = pipeline.generate(Once(png(image)), ["What?", "hi"], max_new_tokens=2)
+    assert same(both[1], pipeline.generate(image, "hi", max_new_tokens=2))
+    assert loads
+
+
+@pytest.mark.parametrize("source", [5, None, b"demo"])
+def test_what_is_no_bundle(source: Any) -> None:
+    with pytest.raises(FlashVLMError, match="expected a folder or a name on the Hub"):
+        Pipeline.from_bundle(source)
+
+
+def test_a_closed_pipeline_says_so(tiny_gqa_bundle: Path) -> None:
+    pipeline = Pipeline.from_bundle(tiny_gqa_bundle)
+    pipeline.close()
+    with pytest.raises(FlashVLMError, match="the pipeline was closed"):
+        pipeline.generate(None, QUESTION)
+
+
 # --- async and threads -----------------------------------------------------------------------------------------------
 
 
@@ -299,6 +387,9 @@ def test_a_kept_selection_stays_until_another_budget_is_asked_for(tiny_bundle: P
     assert first.kept.tolist() == second.kept.tolist()
     wider = talk.ask("hi", budget=7, max_new_tokens=2)
     assert len(wider.kept) == 7
+    # Whatever was in the cache was of the other tokens.
+    assert talk._held is not None
+    assert sorted(-1 - talk._held.keys[talk._held.keys < 0]) == wider.kept.tolist()
 
 
 def test_a_kept_cache_grows(pipeline: Pipeline, image: np.ndarray) -> None:
@@ -322,7 +413,7 @@ def test_an_answer_cut_short_joins_with_what_it_has(pipeline: Pipeline, image: n
         assert dropped.answer is not None
         assert [message.role for message in talk.messages] == ["user", "assistant", "user", "assistant"]
         again = pipeline.conversation(image)
-        again.messages = list(talk.messages[:2])
+        again._messages = list(talk.messages[:2])
         assert cut.text
         if reselect:
             assert again.ask("hi", max_new_tokens=3).token_ids == answer.token_ids

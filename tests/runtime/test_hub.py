@@ -35,12 +35,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
     def answer(found: Any) -> list[Any]:
         calls: list[Any] = []
 
-        def download(name: str, revision: str | None = None) -> str:
-            calls.append((name, revision))
+        def manifest(name: str, file: str, revision: str | None = None) -> str:
+            calls.append((name, revision, file))
             if isinstance(found, Exception):
                 raise found
+            return str(found / file)
+
+        def download(name: str, revision: str | None = None, allow_patterns: Any = None) -> str:
+            calls.append((name, revision, *sorted(allow_patterns)))
             return str(found)
 
+        monkeypatch.setattr(hub, "hf_hub_download", manifest)
         monkeypatch.setattr(hub, "snapshot_download", download)
         return calls
 
@@ -54,7 +59,10 @@ def test_a_bundle_on_the_hub_answers(
     calls = asked(snapshot_of(tiny_bundle, tmp_path / "cache"))
     with Pipeline.from_bundle("owner/name", revision="main") as pipeline:
         answer = pipeline.generate(None, "What is it?", max_new_tokens=2)
-    assert calls == [("owner/name", "main")]
+    first, second = calls
+    assert first == ("owner/name", "main", "bundle.json")
+    files = {path.relative_to(tiny_bundle).as_posix() for path in tiny_bundle.rglob("*") if path.is_file()}
+    assert {*second[2:]} == files | {"engines/*"}
     assert (
         answer.token_ids == Pipeline.from_bundle(tiny_bundle).generate(None, "What is it?", max_new_tokens=2).token_ids
     )
@@ -82,6 +90,7 @@ def response(kind: type[Exception]) -> Exception:
     ("kind", "words"),
     [
         ("LocalEntryNotFoundError", "not in the local cache"),
+        ("RemoteEntryNotFoundError", "has no bundle.json; name one that holds a bundle"),
         ("RepositoryNotFoundError", "no such folder, nor a repository"),
         ("GatedRepoError", "no such folder, nor a repository"),
         ("RevisionNotFoundError", "has no revision 'v2'"),

@@ -135,7 +135,7 @@ def test_a_conversation_is_the_prompt_of_all_its_turns(pipeline: Pipeline, image
 def test_a_refused_question_leaves_the_conversation_as_it_was(pipeline: Pipeline, image: np.ndarray) -> None:
     conversation = pipeline.conversation(image)
     conversation.ask(QUESTION, max_new_tokens=2)
-    before = list(conversation.messages)
+    before = conversation.messages
     with pytest.raises(PromptError):
         conversation.ask("")
     with pytest.raises(PromptError):

@@ -111,6 +111,13 @@ def test_tiles_along_the_longest_edge_equal_smolvlm(size: tuple[int, int]) -> No
     np.testing.assert_array_equal(got, reference(noise(*size), return_tensors="np")["pixel_values"][0])
 
 
+@settings(max_examples=100, deadline=None)
+@given(SIZES, st.integers(1, 60), st.integers(20, 300))
+def test_no_image_has_more_tiles_than_there_may_be(size: tuple[int, int], side: int, edge: int) -> None:
+    pixels = LongestEdge(side=side, edge=edge, mean=MEAN, std=STD)
+    assert grid_of(size, pixels).units <= pixels.max_units
+
+
 def test_modes_become_rgb() -> None:
     image = noise(40, 50, 4)
     np.testing.assert_array_equal(tile(image, CLIP)[0], tile(load_image(image), CLIP)[0])

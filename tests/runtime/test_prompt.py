@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from flashvlm.errors import PromptError
 from flashvlm.manifest import TextLayout, VisualSpec
 from flashvlm.preprocess import AnyRes, Grid, GridTiles, LongestEdge, Single, grid_of
 from flashvlm.prompt import Item, Text, Visual, arrange, coordinates, expand, layout, run_lengths
@@ -95,7 +96,7 @@ def test_the_text_around_tiles() -> None:
 
 
 def test_a_pattern_reaches_into_nothing() -> None:
-    text = TextLayout(whole="{v}", tile="{r.__class__}{0}{v}")
+    text = TextLayout(whole="{v}", tile="{r.__class__}{0}{v}", last="{v}")
     hostile = spec(TILES, (2, 2), 20, text=text)
     assert expand(hostile, Grid(1, 2, "none", (14, 28))) == "{r.__class__}{0}{v}" * 2
 
@@ -188,6 +189,8 @@ def test_positions_equal_qwen2_5() -> None:
         (TILES, (2, 2), 20, {"text": {"whole": "none"}}, "expected one {v}"),
         (TILES, (2, 2), 20, {"text": {"tile": "{v}{v}"}}, "expected one {v}"),
         (TILES, (2, 2), 20, {"graph": "decoder"}, "is not a vision graph"),
+        (TILES, (2, 2), 20, {"text": {"tile": "{v}"}}, "expected one {v} in the text of the thumbnail"),
+        (GridTiles(side=4096, min_tiles=64, max_tiles=64, **NORMAL), (1, 1), 65, {}, "pixel values of an image"),
     ],
 )
 def test_specs_that_do_not_add_up_are_refused(
@@ -195,6 +198,11 @@ def test_specs_that_do_not_add_up_are_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=words):
         spec(pixels, grid, candidates, **more)
+
+
+def test_fewer_placeholders_than_runs_are_refused() -> None:
+    with pytest.raises(PromptError, match="a placeholder for each run"):
+        layout(np.array([1, 2]), [item(PLAIN, Grid(1, 1, "none", (20, 30)))], 1, False)
 
 
 def test_the_largest_item_of_the_longest_edge() -> None:

@@ -269,4 +269,4 @@ def test_stream(prompt: Any, pipeline: Pipeline) -> None:
     conversation = pipeline.conversation(GRAY)
     with pytest.raises(FlashVLMError, match="prompt"):
         conversation.ask(prompt)
-    assert conversation.messages == []
+    assert conversation.messages == ()

@@ -121,7 +121,7 @@ def print_plan(found: Plan, json_output: bool) -> None:
     console.print(rows)
     console.print(
         f"\ndevice: engines, the cache at its capacity, and activations for a prompt that fills it (an estimate).\n"
-        f"beside it: {format_size(found.host_bytes)} of embeddings mapped from disk; not counted: CUDA, TensorRT, the "
+        f"beside it: {format_size(found.host_bytes)} of embeddings read from disk; not counted: CUDA, TensorRT, the "
         f"system.\nbuilding the decoder's engine: ~{format_size(found.build_anonymous_bytes)} of memory, "
         f"~{format_size(found.build_peak_bytes)} with its mapped weights (TensorRT-RTX 1.7, docs/measurements.md).\n"
         f"kB, MB and GB are 10^3, 10^6 and 10^9 bytes."

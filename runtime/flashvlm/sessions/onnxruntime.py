@@ -11,7 +11,7 @@ import numpy as np
 
 from flashvlm.bundle import Bundle
 from flashvlm.dtypes import NUMPY_DTYPES
-from flashvlm.errors import BundleError, FlashVLMError
+from flashvlm.errors import BundleError, FlashVLMError, brief
 from flashvlm.extras import install
 from flashvlm.graph_io import DECODER, is_past, present, token_specs
 from flashvlm.manifest import GraphSpec
@@ -46,8 +46,9 @@ class OnnxRuntimeSession:
         self._ort = import_onnxruntime()
         self._bundle = bundle
         self._provider = choose(self._ort, provider, device)
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise FlashVLMError(f"threads: expected 1 to {MAX_THREADS}, found {threads}; leave it out for every core")
+        if threads is not None and not (type(threads) is int and 1 <= threads <= MAX_THREADS):
+            found = brief(threads)
+            raise FlashVLMError(f"threads: expected 1 to {MAX_THREADS}, found {found}; leave it out for every core")
         self._threads = threads
         self._graphs: dict[str, _Graph] = {}
         self._lock = threading.Lock()
