@@ -53,7 +53,7 @@ def bundle_folder(source: str | os.PathLike[str], revision: str | None = None) -
             f"pip install huggingface_hub"
         ) from None
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it tells of every attempt; a refusal tells of the last
+    logging.set_verbosity(logging.ERROR)  # it tells of every attempt; a refusal tells of the last
     try:
         manifest = Path(hub.hf_hub_download(name, MANIFEST, revision=revision))
         # Of a repository that holds more than the bundle, such as its checkpoint, nothing else is fetched.
