@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -46,14 +47,14 @@ def bundle_folder(source: str | os.PathLike[str], revision: str | None = None) -
     try:
         import huggingface_hub as hub
         from huggingface_hub import errors
-        from huggingface_hub.utils import logging
+        from huggingface_hub.utils import logging as hub_logging
     except ImportError:
         raise BundleError(
             f"{name}: expected a bundle folder, found nothing there; to take it from the Hugging Face Hub, install: "
             f"pip install huggingface_hub"
         ) from None
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it tells of every attempt; a refusal tells of the last
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)  # it tells of every attempt; a refusal tells of the last
     try:
         manifest = Path(hub.hf_hub_download(name, MANIFEST, revision=revision))
         # Of a repository that holds more than the bundle, such as its checkpoint, nothing else is fetched.
@@ -69,5 +70,5 @@ def bundle_folder(source: str | os.PathLike[str], revision: str | None = None) -
     except Exception as error:  # a disk, a proxy, an HTTP library
         reason = f"its download failed ({one_line(error)}); try again, or pass a folder"
     finally:
-        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(verbosity)
     raise BundleError(f"{name}: {reason}")
