@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flashvlm.bundle import hub_blobs
-from flashvlm.errors import CheckpointError, FlashVLMError, printable
+from flashvlm.errors import CheckpointError, FlashVLMError, one_line
 from flashvlm.files import open_regular, parse_json, read_bytes
 from flashvlm.files import read_json as read_any_json
 from flashvlm.manifest import first_problem
@@ -304,9 +304,3 @@ def describes_a_model(path: Path) -> Iterator[None]:
         if isinstance(error, ValidationError):
             reason = first_problem(error)
         raise CheckpointError(f"{path} does not describe a model of this family: {reason}; download it again") from None
-
-
-def one_line(error: BaseException) -> str:
-    """Libraries explain themselves over many lines; a refusal has one."""
-    text = printable(error) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

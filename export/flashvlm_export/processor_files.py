@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flashvlm.errors import CheckpointError, FlashVLMError, no_panic
+from flashvlm.errors import CheckpointError, FlashVLMError, no_panic, one_line
 from flashvlm.files import parse_json
 from flashvlm.manifest import PROCESSOR_FILES, VisualSpec
 from flashvlm.preprocess import grid_of
 from flashvlm.prompt import expand
 from flashvlm.text.processor import RUN, TextProcessor
-from flashvlm_export.checkpoint import Checkpoint, one_line, read_file, read_json
+from flashvlm_export.checkpoint import Checkpoint, read_file, read_json
 
 # Those that may name classes or code, and those that hold data alone.
 SETTINGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -90,6 +90,7 @@ class Conversation:
             (encoded,) = encoder.keep([prompt], keep, timings)
             self._kept = of, encoded.kept
             self._held = None  # a method may merge tokens: at the same place there is another
+            return encoded
         return encoder.place(prompt, self._kept[1])
 
     def _room_for(self, row: Row, max_new_tokens: int) -> Held:

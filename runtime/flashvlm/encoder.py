@@ -209,20 +209,21 @@ class Encoder:
         self, prompts: Sequence[Prompt], features: dict[tuple[str, str], ImageFeatures], budget: int | None
     ) -> list[list[Kept]]:
         """What is kept of each image of each prompt. An image of no more tokens than the budget keeps all."""
-        kept: list[list[Kept]] = [[_all(sight, features[sight.key]) for sight in prompt.sights] for prompt in prompts]
-        chosen: dict[str, list[tuple[int, int]]] = {}  # by selection graph: which image of which prompt
+        kept: dict[tuple[int, int], Kept] = {}  # by which image of which prompt
+        chosen: dict[str, list[tuple[int, int]]] = {}  # by selection graph
         for p, prompt in enumerate(prompts):
             for i, sight in enumerate(prompt.sights):
                 if budget is not None and sight.arrangement.count > budget:
                     chosen.setdefault(select_graph(sight.spec.graph, budget), []).append((p, i))
+                else:
+                    kept[p, i] = _all(sight, features[sight.key])
         for graph, places in chosen.items():
             for some in _in_batches(places, self._session.limits.max_batch):
                 sights = [prompts[p].sights[i] for p, i in some]
                 queries = [prompts[p].query for p, _ in some]
                 selected = self._select(graph, [features[sight.key] for sight in sights], sights, queries)
-                for (p, i), one in zip(some, selected, strict=True):
-                    kept[p][i] = one
-        return kept
+                kept.update(zip(some, selected, strict=True))
+        return [[kept[p, i] for i in range(len(prompt.sights))] for p, prompt in enumerate(prompts)]
 
     def _select(
         self, graph: str, images: list[ImageFeatures], sights: list[Sight], queries: list[np.ndarray]

@@ -274,7 +274,7 @@ class Pipeline:
     ) -> Answer:
         """``chat`` in a thread: an event loop goes on meanwhile, and a cancelled task ends it."""
         params = SamplingParams.from_options(options)
-        opened = await asyncio.to_thread(self.open_stream, normalise(messages), budget, params)
+        opened = await asyncio.to_thread(lambda: self.open_stream(normalise(messages), budget, params))
         return await _whole(AsyncStream(opened))
 
     async def stream_async(

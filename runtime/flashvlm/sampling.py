@@ -122,7 +122,12 @@ class TokenLogprob:
 class RowSampler:
     """One answer's params, random stream and, for the repetition penalty, the token ids that it must not repeat.
 
-    Keep one for each answer from its first token to its last; ``draw`` takes any of them together.
+    Keep one for each answer from its first token to its last; ``draw`` takes any of them together. Each has a stream of
+    its own from the seed: an answer gets the same tokens alone and in a batch.
+
+    Example:
+        >>> draw(np.array([[0.0, 2.0, 1.0]], np.float32), [RowSampler(SamplingParams())])
+        array([1])
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] | np.ndarray = ()) -> None:
@@ -136,38 +141,6 @@ class RowSampler:
         self._penalised = params.repetition_penalty != 1
         self._seen = {int(i) for i in prompt_ids} if self._penalised else set()
         self._stream = np.random.default_rng(params.seed) if params.temperature > 0 else None
-
-
-class Sampler:
-    """Draws one token a row and call. Keep one Sampler for one run, as it holds the random streams.
-
-    Row b of every call draws from stream b, and all streams start from the same seed: a row gets the same
-    tokens alone and in a batch. A caller therefore keeps finished rows in their place.
-
-    Example:
-        >>> Sampler(SamplingParams())(np.array([[0.0, 2.0, 1.0]], np.float32))
-        array([1])
-    """
-
-    def __init__(
-        self,
-        params: SamplingParams | Sequence[SamplingParams],
-        prompt_ids: Sequence[Iterable[int] | np.ndarray] = (),
-    ) -> None:
-        """``params``: of every row, or one for each; ``prompt_ids``: of each row, see ``RowSampler``."""
-        # Of as many rows as there will be.
-        self._params = params if isinstance(params, SamplingParams) and not len(prompt_ids) else None
-        each = [params] * len(prompt_ids) if isinstance(params, SamplingParams) else params
-        prompts = prompt_ids if len(prompt_ids) else [()] * len(each)
-        self.rows = [RowSampler(p, ids) for p, ids in zip(each, prompts, strict=True)]
-
-    def __call__(self, logits: np.ndarray) -> np.ndarray:
-        """logits float32 [B,V] -> token ids int64 [B]. Raises as ``draw``."""
-        if self._params is None:
-            return draw(logits, self.rows)
-        while len(self.rows) < len(logits):
-            self.rows.append(RowSampler(self._params))
-        return draw(logits, self.rows[: len(logits)])
 
 
 def draw(logits: np.ndarray, rows: Sequence[RowSampler]) -> np.ndarray:

@@ -6,7 +6,6 @@ import pytest
 from flashvlm.errors import FlashVLMError, PromptError
 from flashvlm.sampling import (
     RowSampler,
-    Sampler,
     SamplingOptions,
     SamplingParams,
     _penalise,
@@ -14,6 +13,21 @@ from flashvlm.sampling import (
     probabilities,
     token_logprob,
 )
+
+
+class Sampler:
+    """The samplers of a whole batch: params of every row, or of each; prompt ids of each."""
+
+    def __init__(self, params, prompt_ids=()):
+        self._params = params if isinstance(params, SamplingParams) and not len(prompt_ids) else None
+        each = [params] * len(prompt_ids) if isinstance(params, SamplingParams) else params
+        prompts = prompt_ids if len(prompt_ids) else [()] * len(each) if self._params is None else []
+        self.rows = [] if self._params else [RowSampler(p, ids) for p, ids in zip(each, prompts, strict=True)]
+
+    def __call__(self, logits):
+        while self._params is not None and len(self.rows) < len(logits):
+            self.rows.append(RowSampler(self._params))
+        return draw(logits, self.rows[: len(logits)] if self._params else self.rows)
 
 
 def logits_of(*shape, seed=0, scale=3.0):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,15 @@ def test_conversations_equal_onnx_runtime(
         assert_same(found, wanted)
     assert trt.runs["vision"] == 1
     assert trt.runs["select-k5"] == 3
+
+
+def test_threads_share_the_session(compiled: Any, request: pytest.FixtureRequest, image: np.ndarray) -> None:
+    pipeline, _, _ = compiled()
+    wanted = [reference(request).generate(image, question, max_new_tokens=4) for question in QUESTIONS]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(pipeline.generate, image, question, max_new_tokens=4) for question in QUESTIONS * 4]
+        for found, want in zip(asked, wanted * 4, strict=True):
+            assert_same(found.result(), want)
 
 
 def test_only_what_an_answer_reports_comes_back(compiled: Any, image: np.ndarray) -> None:
