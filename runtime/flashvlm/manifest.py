@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flashvlm import graph_io
+from flashvlm.budget import ALL, Budget, tokens_kept
 from flashvlm.graph_io import DECODER, DialectName, FloatType, GraphIO, TensorSpec
 from flashvlm.preprocess import AnyRes, Pixels
 
@@ -153,6 +154,7 @@ class VisualSpec(_Record):
                      without their padding, each with a newline
     positions        sequential; or mrope: time, height and width, time in steps of ``time_scale``
     skip             cls: the first token of each unit is never selected, and kept in "all"
+    scope            of a budget: item, chosen among all tokens; or unit, the same number of each tile or frame
     """
 
     modality: Literal["image"] = "image"
@@ -168,11 +170,25 @@ class VisualSpec(_Record):
     positions: Literal["sequential", "mrope"] = "sequential"
     time_scale: int = Field(default=1, ge=1, le=1 << 16)
     skip: Literal["none", "cls"] = "none"
+    scope: Literal["item", "unit"] = "item"
 
     @property
     def tiled(self) -> bool:
         """Whether an item has several units, and its graph an ``order``."""
         return self.pixels.tiling != "single"
+
+    def select_size(self, budget: int) -> tuple[int, int]:
+        """Candidates and budget of one selection: an item's, or of scope unit a unit's, K // the most units."""
+        if self.scope == "item":
+            return self.candidates, budget
+        return self.tokens_per_unit, budget // self.pixels.max_units
+
+    def kept_of(self, count: int, units: int, budget: Budget) -> int:
+        """Tokens that a budget keeps of an item of ``count`` tokens in ``units``: ``count`` if nothing is selected."""
+        if budget == ALL or self.scope == "item":
+            return tokens_kept(budget, count)
+        candidates, kept = self.select_size(budget)
+        return count if kept >= candidates else units * kept
 
     @model_validator(mode="after")
     def _check(self) -> VisualSpec:
@@ -181,6 +197,11 @@ class VisualSpec(_Record):
             raise ValueError(f"expected a grid of {self.tokens_per_unit} tokens, found {self.grid}")
         if (self.order == "anyres") != isinstance(self.pixels, AnyRes):
             raise ValueError(f"order {self.order} does not go with the tiling {self.pixels.tiling}")
+        if self.scope == "unit" and (not self.tiled or self.order == "anyres"):
+            raise ValueError(
+                f"a budget for each unit (scope unit) needs tiles or frames one after another, found the tiling "
+                f"{self.pixels.tiling}; use scope item"
+            )
         if self.candidates != (most := self._most()):
             raise ValueError(f"expected {most} candidates of these tiles, found {self.candidates}")
         if self.text.tile is not None:
@@ -253,6 +274,8 @@ class Manifest(_Record):
                 raise ValueError(f"token id {visual.placeholder_id} is beyond {table}")
             if visual.positions == "mrope" and self.model.position_axes != 3:
                 raise ValueError("positions mrope need 3 position_axes")
+            if (problem := unshared(visual, budgets)) is not None:
+                raise ValueError(problem)
         self._check_files()
         self._check_graphs()
         return self
@@ -268,8 +291,12 @@ class Manifest(_Record):
         return max(visual.candidates for visual in self.visual)
 
     def max_units(self, graph: str) -> int:
-        """Tiles or frames that a vision graph takes at most; 1 for any other graph."""
-        return max((visual.pixels.max_units for visual in self.visual if visual.graph == graph), default=1)
+        """Tiles or frames that a vision or selection graph takes at most; 1 for any other graph."""
+        for visual in self.visual:
+            selects = (graph_io.select_graph(visual.graph, budget) for budget in self.selection.budgets)
+            if graph in (visual.graph, *selects):
+                return visual.pixels.max_units
+        return 1
 
     def _check_files(self) -> None:
         needed = [(EMBEDDINGS, "the runtime"), *((f"{PROCESSOR}/{name}", "the runtime") for name in PROCESSOR_FILES)]
@@ -328,6 +355,14 @@ def graphs_of(
             yield graph_io.select_graph(spec.graph, budget), graph_io.select_io(model, spec, budget)
             if layout == "fused":
                 yield graph_io.prefill_graph(spec.graph, budget), graph_io.prefill_io(model, spec, budget)
+
+
+def unshared(visual: VisualSpec, budgets: Sequence[int]) -> str | None:
+    """What is wrong with a budget that leaves a tile or frame without a token; None where there is no such budget."""
+    units, least = visual.pixels.max_units, min(budgets, default=visual.candidates)
+    if visual.select_size(least)[1] > 0:
+        return None
+    return f"a budget that up to {units} tiles or frames share is at least {units}, found {least}"
 
 
 def fits_fused(model: ModelSpec, visual: Sequence[VisualSpec]) -> bool:
