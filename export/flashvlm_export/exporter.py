@@ -110,7 +110,7 @@ def _graphs(model: OpenModel, source: Mapping[str, StoredTensor], options: Expor
     for spec in model.visual:
         modules[spec.graph] = vision = model.family.vision(model.module, spec)
         for budget in options.budgets:
-            select = graphs.Select(options.method, budget, options.params)
+            select = graphs.Select(options.method, spec.select_size(budget)[1], options.params)
             modules[select_graph(spec.graph, budget)] = select
             keep = model.selection.positions == "keep"
             modules[prefill_graph(spec.graph, budget)] = graphs.Prefill(vision, select, decoder, keep)

@@ -14,7 +14,7 @@ from torch import nn
 from flashvlm.budget import ALL
 from flashvlm.errors import CheckpointError, FlashVLMError, SelectionError
 from flashvlm.graph_io import FloatType
-from flashvlm.manifest import Dtypes, ModelSpec, SelectionSpec, VisualSpec, fits_fused
+from flashvlm.manifest import Dtypes, ModelSpec, SelectionSpec, VisualSpec, fits_fused, unshared
 from flashvlm_export.checkpoint import Checkpoint, StoredTensor, describes_a_model, open_checkpoint
 from flashvlm_export.dtypes import DTYPES
 from flashvlm_export.families import family_of
@@ -102,6 +102,9 @@ def _model_spec(options: ExportOptions, language: LanguageSpec, dtypes: Dtypes, 
 def _selection(options: ExportOptions, model: ModelSpec, visual: Sequence[VisualSpec]) -> SelectionSpec:
     counts = {spec.candidates for spec in visual}
     check_budgets(options.budgets, max(counts))
+    for spec in visual:
+        if (problem := unshared(spec, options.budgets)) is not None:
+            raise SelectionError(f"--budget: {problem}; ask for more, or use --budget-scope {spec.modality}")
     if METHODS[options.method].keeps_all and options.budgets and {*options.budgets} != counts:
         raise SelectionError(f"--method {options.method} keeps every token; use --budget all, not {options.budgets[0]}")
     positions: Literal["renumber", "keep"] = options.positions or ("renumber" if model.position_axes == 1 else "keep")

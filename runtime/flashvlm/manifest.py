@@ -7,14 +7,15 @@ graphs have exactly the inputs and outputs of ``graph_io``.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flashvlm import graph_io
+from flashvlm.budget import ALL, Budget, tokens_kept
 from flashvlm.graph_io import DECODER, DialectName, FloatType, GraphIO, TensorSpec
+from flashvlm.names import FileName, GraphName, VisionName, named
 from flashvlm.tilings import AnyRes, Frames, Pixels
 
 SCHEMA_VERSION = 2
@@ -23,35 +24,7 @@ PROCESSOR = "processor"
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what the runtime reads of it
 
 
-def _named(pattern: str, what: str) -> AfterValidator:
-    """A text that becomes a name in the file system: of this pattern, or refused as no ``what``."""
-
-    def check(name: str) -> str:
-        if not re.fullmatch(pattern, name, re.ASCII):
-            raise ValueError(f"{name!r} is not {what}")
-        return name
-
-    return AfterValidator(check)
-
-
-# Never absolute, never hidden, never upwards.
-FileName = Annotated[
-    str,
-    _named(
-        r"(\w[\w.-]{0,99}/)?\w[\w.-]{0,99}",
-        "the name of a file in the bundle (letters, digits, '.', '_', '-'; at most in one folder)",
-    ),
-]
-_SIZE = r"(-[a-z0-9]{1,16}){0,2}"
-VisionName = Annotated[str, _named(rf"vision{_SIZE}", "a vision graph: vision, vision-448x672")]
-GraphName = Annotated[
-    str,
-    _named(
-        rf"vision{_SIZE}|decoder|(select|prefill){_SIZE}-k[1-9][0-9]{{0,6}}",
-        "a graph: vision, vision-448x672, decoder, select-k64, select-448x672-k64, prefill-k64",
-    ),
-]
-StreamName = Annotated[str, _named(r"[a-z][a-z_]{0,31}", "a stream")]
+StreamName = Annotated[str, named(r"[a-z][a-z_]{0,31}", "a stream")]
 Pattern = Annotated[str, Field(max_length=256)]
 Marker = Annotated[str, Field(min_length=1, max_length=64)]
 # Beyond every model there is, and small enough that no product of two allocates without end.
@@ -164,6 +137,7 @@ class VisualSpec(_Record):
     newline          end: one behind the last token of a video
     positions        sequential; or mrope: time, height and width, time in ``time_scale`` steps a second of video
     skip             cls: the first token of each unit is never selected, and kept in "all"
+    scope            of a budget: item, chosen among all tokens; or unit, the same number of each tile or frame
     """
 
     modality: Literal["image", "video"] = "image"
@@ -181,11 +155,25 @@ class VisualSpec(_Record):
     positions: Literal["sequential", "mrope"] = "sequential"
     time_scale: int = Field(default=1, ge=1, le=1 << 16)
     skip: Literal["none", "cls"] = "none"
+    scope: Literal["item", "unit"] = "item"
 
     @property
     def tiled(self) -> bool:
         """Whether an item has several units, and its graph an ``order``."""
         return self.pixels.tiling != "single"
+
+    def select_size(self, budget: int) -> tuple[int, int]:
+        """Candidates and budget of one selection: an item's, or of scope unit a unit's, K // the most units."""
+        if self.scope == "item":
+            return self.candidates, budget
+        return self.tokens_per_unit, budget // self.pixels.max_units
+
+    def kept_of(self, count: int, units: int, budget: Budget) -> int:
+        """Tokens that a budget keeps of an item of ``count`` tokens in ``units``: ``count`` if nothing is selected."""
+        if budget == ALL or self.scope == "item":
+            return tokens_kept(budget, count)
+        candidates, kept = self.select_size(budget)
+        return count if kept >= candidates else units * kept
 
     @model_validator(mode="after")
     def _check(self) -> VisualSpec:
@@ -196,6 +184,11 @@ class VisualSpec(_Record):
             raise ValueError(f"modality {self.modality} does not go with the tiling {self.pixels.tiling}")
         if (self.order == "anyres") != isinstance(self.pixels, AnyRes):
             raise ValueError(f"order {self.order} does not go with the tiling {self.pixels.tiling}")
+        if self.scope == "unit" and (not self.tiled or self.order == "anyres"):
+            raise ValueError(
+                f"a budget for each unit (scope unit) needs tiles or frames one after another, found the tiling "
+                f"{self.pixels.tiling}; use scope item"
+            )
         if self.candidates != (most := self._most()):
             raise ValueError(f"expected {most} candidates of these tiles, found {self.candidates}")
         if self.newline == "end" and (self.modality != "video" or self.text.frame is not None):
@@ -272,6 +265,8 @@ class Manifest(_Record):
                 raise ValueError(f"token id {visual.placeholder_id} is beyond {table}")
             if visual.positions == "mrope" and self.model.position_axes != 3:
                 raise ValueError("positions mrope need 3 position_axes")
+            if (problem := unshared(visual, budgets)) is not None:
+                raise ValueError(problem)
         self._check_files()
         self._check_graphs()
         return self
@@ -296,8 +291,12 @@ class Manifest(_Record):
         return max(visual.candidates for visual in self.visual)
 
     def max_units(self, graph: str) -> int:
-        """Tiles or frames that a vision graph takes at most; 1 for any other graph."""
-        return max((visual.pixels.max_units for visual in self.visual if visual.graph == graph), default=1)
+        """Tiles or frames that a vision or selection graph takes at most; 1 for any other graph."""
+        for visual in self.visual:
+            selects = (graph_io.select_graph(visual.graph, budget) for budget in self.selection.budgets)
+            if graph in (visual.graph, *selects):
+                return visual.pixels.max_units
+        return 1
 
     def _check_files(self) -> None:
         needed = [(EMBEDDINGS, "the runtime"), *((f"{PROCESSOR}/{name}", "the runtime") for name in PROCESSOR_FILES)]
@@ -356,6 +355,14 @@ def graphs_of(
             yield graph_io.select_graph(spec.graph, budget), graph_io.select_io(model, spec, budget)
             if layout == "fused":
                 yield graph_io.prefill_graph(spec.graph, budget), graph_io.prefill_io(model, spec, budget)
+
+
+def unshared(visual: VisualSpec, budgets: Sequence[int]) -> str | None:
+    """What is wrong with a budget that leaves a tile or frame without a token; None where there is no such budget."""
+    units, least = visual.pixels.max_units, min(budgets, default=visual.candidates)
+    if visual.select_size(least)[1] > 0:
+        return None
+    return f"a budget that up to {units} tiles or frames share is at least {units}, found {least}"
 
 
 def fits_fused(model: ModelSpec, visual: Sequence[VisualSpec]) -> bool:

@@ -101,6 +101,14 @@ def arrange(spec: VisualSpec, grid: Grid) -> Arrangement:
     return Arrangement(order, valid, len(tokens))
 
 
+def select_rows(spec: VisualSpec, grid: Grid, valid: np.ndarray) -> np.ndarray:
+    """valid bool [N] of an item -> [R,n], a row for each selection among its tokens: one, or of scope unit one a
+    unit."""
+    if spec.scope == "item":
+        return valid[None]
+    return valid[: grid.units * spec.tokens_per_unit].reshape(grid.units, -1)
+
+
 def _unpadded(grid: Grid, rows: int, columns: int) -> np.ndarray:
     """The thumbnail, then rows of the tiles' tokens that show the image and not its padding, each with a newline.
 

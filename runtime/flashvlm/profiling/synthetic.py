@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from flashvlm.budget import Budget, tokens_kept
+from flashvlm.budget import Budget
 from flashvlm.bundle import Bundle
 from flashvlm.encoder import nearest
 from flashvlm.errors import PromptError
@@ -83,7 +83,7 @@ class SyntheticSight(NamedTuple):
 
     def tokens(self, budget: Budget) -> int:
         """Visual tokens that go to the language model."""
-        return tokens_kept(budget, self.arrangement.count)
+        return self.spec.kept_of(self.arrangement.count, self.grid.units, budget)
 
 
 def synthetic_sight(manifest: Manifest, photo: tuple[int, int] = PHOTO) -> SyntheticSight:
