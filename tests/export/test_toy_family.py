@@ -299,11 +299,15 @@ def test_options_that_do_not_fit(options: dict[str, Any], expected: str, checkpo
 
 def test_a_family_of_one_size_refuses_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for visual, expected in (
-        (VisualOptions(image_sizes=((28, 28),)), r"image sizes \[\(28, 28\)\]; leave them out"),
-        (VisualOptions(max_tiles=3), "up to 3 tiles; leave them out"),
+        (
+            VisualOptions(image_sizes=((28, 28),)),
+            "--image-size 28x28: family llava has images of one size",
+        ),
+        (VisualOptions(max_tiles=3), "--max-tiles 3: family llava has no tiles; leave it out"),
+        (VisualOptions(frames=8), "--frames 8: family llava has no videos; leave it out"),
     ):
         options = ExportOptions(str(tiny_checkpoint), tmp_path / "out", (4,), visual=visual)
-        with pytest.raises(FlashVLMError, match=f"family llava has images of one size and no tiles, found {expected}"):
+        with pytest.raises(FlashVLMError, match=expected):
             export(options)
 
 
