@@ -114,7 +114,7 @@ def _graphs(model: OpenModel, source: Mapping[str, StoredTensor], options: Expor
             vision = graphs.WithoutSaliency(vision)
         modules[spec.graph] = vision
         for budget in options.budgets:
-            select = graphs.Select(options.method, budget, options.params)
+            select = graphs.Select(options.method, spec.select_size(budget)[1], options.params)
             modules[select_graph(spec.graph, budget)] = select
             keep = model.selection.positions == "keep"
             modules[prefill_graph(spec.graph, budget)] = graphs.Prefill(vision, select, decoder, keep)

@@ -24,13 +24,14 @@ from flashvlm.feature_cache import FeatureCache
 from flashvlm.generation import Row, Timings, check_length
 from flashvlm.graph_io import DECODER, select_graph
 from flashvlm.images import ImageSource, image_digest, load_image
-from flashvlm.manifest import EMBEDDINGS, PROCESSOR, Manifest, VisualSpec
+from flashvlm.manifest import EMBEDDINGS, PROCESSOR, Manifest
 from flashvlm.messages import Message, normalise
 from flashvlm.preprocess import Grid, grid_of, tile
-from flashvlm.prompt import Arrangement, Item, Text, arrange, expand, layout
+from flashvlm.prompt import Arrangement, Item, Text, arrange, expand, layout, select_rows
 from flashvlm.sessions import Array, ImageFeatures, Segment, Selected, Session
 from flashvlm.text.processor import Message as PlainMessage
 from flashvlm.text.processor import TextProcessor
+from flashvlm.visual import VisualSpec
 
 CACHED_IMAGES = 8
 T = TypeVar("T")
@@ -54,6 +55,11 @@ class Sight:
     spec: VisualSpec
     grid: Grid
     arrangement: Arrangement
+
+    def selects(self, budget: int | None) -> bool:
+        """Whether a budget keeps fewer than all of its tokens."""
+        count = self.arrangement.count
+        return budget is not None and self.spec.kept_of(count, self.grid.units, budget) < count
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,12 +219,13 @@ class Encoder:
         chosen: dict[str, list[tuple[int, int]]] = {}  # by selection graph
         for p, prompt in enumerate(prompts):
             for i, sight in enumerate(prompt.sights):
-                if budget is not None and sight.arrangement.count > budget:
+                if budget is not None and sight.selects(budget):
                     chosen.setdefault(select_graph(sight.spec.graph, budget), []).append((p, i))
                 else:
                     kept[p, i] = _all(sight, features[sight.key])
         for graph, places in chosen.items():
-            for some in _in_batches(places, self._session.limits.max_batch):
+            by_unit = prompts[places[0][0]].sights[places[0][1]].spec.scope == "unit"
+            for some in _in_batches(places, 1 if by_unit else self._session.limits.max_batch):
                 sights = [prompts[p].sights[i] for p, i in some]
                 queries = [prompts[p].query for p, _ in some]
                 selected = self._select(graph, [features[sight.key] for sight in sights], sights, queries)
@@ -234,8 +241,9 @@ class Encoder:
         for b, ids in enumerate(queries):
             embeds[b, : len(ids)] = self.embedding[ids]
             mask[b, : len(ids)] = True
-        valid = np.stack([sight.arrangement.valid for sight in sights])
-        selected = self._session.select(graph, images, valid, embeds, mask)
+        rows = [select_rows(sight.spec, sight.grid, sight.arrangement.valid) for sight in sights]
+        asked = np.repeat(np.arange(len(rows)), [*map(len, rows)])  # each unit is asked its item's question
+        selected = self._session.select(graph, images, np.concatenate(rows), embeds[asked], mask[asked])
         if not all(np.isfinite(one.scores).all() for one in selected):
             raise FlashVLMError(
                 "the selection scores are not finite: the image features overflowed; export with --dtype float32"
@@ -269,7 +277,7 @@ class Encoder:
     def _graphs(self, prompts: Sequence[Prompt], budget: int | None) -> Iterator[str]:
         for sight in (sight for prompt in prompts for sight in prompt.sights):
             yield sight.spec.graph
-            if budget is not None and sight.arrangement.count > budget:
+            if budget is not None and sight.selects(budget):
                 yield select_graph(sight.spec.graph, budget)
         yield DECODER
 
@@ -300,7 +308,10 @@ def _all(sight: Sight, features: ImageFeatures) -> Kept:
 
 def _some(sight: Sight, selected: Selected) -> Kept:
     count = sight.arrangement.count
-    some = Selection(selected.kept, selected.is_top, selected.scores[:count], count, sight.spec, sight.grid)
+    # What stands behind the units of scope unit has no score of its own: the least, as other newlines.
+    scores = np.full(count, selected.scores.min())
+    scores[: len(selected.scores)] = selected.scores[:count]
+    some = Selection(selected.kept, selected.is_top, scores, count, sight.spec, sight.grid)
     return Kept(some, selected.tensors)
 
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from flashvlm.errors import PromptError
 from flashvlm.frames import Clip
-from flashvlm.manifest import TextLayout, VisualSpec
 from flashvlm.preprocess import Grid
 from flashvlm.text.numbers import in_words
 from flashvlm.text.processor import RUN
 from flashvlm.tilings import AnyRes
+from flashvlm.visual import TextLayout, VisualSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +99,14 @@ def arrange(spec: VisualSpec, grid: Grid) -> Arrangement:
     if spec.skip == "cls":
         valid &= (order - 1) % n != 0
     return Arrangement(order, valid, len(tokens))
+
+
+def select_rows(spec: VisualSpec, grid: Grid, valid: np.ndarray) -> np.ndarray:
+    """valid bool [N] of an item -> [R,n], a row for each selection among its tokens: one, or of scope unit one a
+    unit."""
+    if spec.scope == "item":
+        return valid[None]
+    return valid[: grid.units * spec.tokens_per_unit].reshape(grid.units, -1)
 
 
 def _unpadded(grid: Grid, rows: int, columns: int) -> np.ndarray:

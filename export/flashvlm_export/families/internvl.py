@@ -11,8 +11,8 @@ from transformers import InternVLConfig
 
 from flashvlm.errors import CheckpointError
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import TextLayout, VisualSpec
 from flashvlm.tilings import GridTiles
+from flashvlm.visual import TextLayout, VisualSpec
 from flashvlm_export.families.common import names, pixels, saliency
 from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
 from flashvlm_export.families.common.text import build as build

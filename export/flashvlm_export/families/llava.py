@@ -10,8 +10,8 @@ from transformers import LlavaConfig
 
 from flashvlm.errors import CheckpointError
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import VisualSpec
 from flashvlm.tilings import Single
+from flashvlm.visual import VisualSpec
 from flashvlm_export.families.common import names, pixels, saliency
 from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
 from flashvlm_export.families.common.text import build as build
