@@ -39,6 +39,8 @@ TIERS = {
     "runtime/test_statistics.py": "unit",
     "runtime/test_stopping.py": "unit",
     "runtime/test_split_pattern.py": "unit",
+    "runtime/test_video_messages.py": "unit",
+    "runtime/test_videos.py": "unit",
     "runtime/test_tensorrt_session.py": "engines",
     "runtime/test_tensorrt_session_calls.py": "engines",
     "scripts": "commands",
