@@ -27,6 +27,7 @@ TIERS = {
     "runtime": "commands",
     "runtime/test_backends.py": "engines",
     "runtime/test_chat_template.py": "unit",
+    "runtime/test_frames.py": "parity",
     "runtime/test_images.py": "unit",
     "runtime/test_budget.py": "unit",
     "runtime/test_messages.py": "unit",

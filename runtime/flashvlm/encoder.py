@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -24,7 +24,7 @@ from flashvlm.feature_cache import FeatureCache
 from flashvlm.generation import Row, Timings, check_length
 from flashvlm.graph_io import DECODER, select_graph
 from flashvlm.images import ImageSource, image_digest, load_image
-from flashvlm.manifest import EMBEDDINGS, PROCESSOR, VisualSpec
+from flashvlm.manifest import EMBEDDINGS, PROCESSOR, Manifest, VisualSpec
 from flashvlm.messages import Message, normalise
 from flashvlm.preprocess import Grid, grid_of, tile
 from flashvlm.prompt import Arrangement, Item, Text, arrange, expand, layout, select_rows
@@ -166,13 +166,13 @@ class Encoder:
 
     def _sight(self, image: PIL.Image.Image) -> Sight:
         size = image.height, image.width
-        spec = nearest(self._manifest.visual, size)
+        spec = nearest(self._manifest, "image", size)
         grid = grid_of(size, spec.pixels)
         return Sight(image, (image_digest(image), spec.graph), spec, grid, arrange(spec, grid))
 
     def _read(self, request: Request, sights: tuple[Sight, ...]) -> Prompt:
         texts = [expand(sight.spec, sight.grid) for sight in sights]
-        encoded = self.text.encode(request.messages, self._manifest.placeholders, texts)
+        encoded = self.text.encode(request.messages, self._manifest.placeholders, texts, self._manifest.markers)
         check_length(len(encoded.input_ids), self._session.limits)  # before vision and selection work for nothing
         asked = self._manifest.selection.query == "question"
         mask = encoded.question_mask if asked else encoded.text_mask
@@ -281,14 +281,20 @@ class Encoder:
         yield DECODER
 
 
-def nearest(visual: Sequence[VisualSpec], size: tuple[int, int]) -> VisualSpec:
-    """Of the sizes a bundle has, the one whose shape is nearest to that of an image of ``size`` (height, width)."""
+def nearest(manifest: Manifest, modality: Literal["image", "video"], size: tuple[int, int]) -> VisualSpec:
+    """Of the sizes a bundle has, the one whose shape is nearest to that of an image or video of ``size`` (height,
+    width). Raises PromptError if it has none."""
+    specs = manifest.of(modality)
+    if not specs:
+        other = "images alone" if modality == "video" else "videos alone"
+        remedy = "export with --frames 8" if modality == "video" else "send the image as a video of one frame"
+        raise PromptError(f"expected {other}, which are all this bundle takes, found {modality}s; {remedy}")
 
     def distance(spec: VisualSpec) -> float:
         _, height, width = spec.pixels.unit_shape
         return abs(math.log(size[0] / size[1]) - math.log(height / width))
 
-    return min(visual, key=distance)
+    return min(specs, key=distance)
 
 
 def _all(sight: Sight, features: ImageFeatures) -> Kept:

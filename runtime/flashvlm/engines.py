@@ -19,7 +19,8 @@ from flashvlm.errors import BundleError, FlashVLMError
 from flashvlm.extras import install
 from flashvlm.files import read_json
 from flashvlm.graph_io import is_fused
-from flashvlm.manifest import GraphName, Sha256
+from flashvlm.manifest import Sha256
+from flashvlm.names import GraphName
 
 ENGINE_MANIFEST = "engine.json"
 MAX_MANIFEST = 1 << 20  # bytes

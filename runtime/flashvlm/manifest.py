@@ -7,16 +7,16 @@ graphs have exactly the inputs and outputs of ``graph_io``.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flashvlm import graph_io
 from flashvlm.budget import ALL, Budget, tokens_kept
 from flashvlm.graph_io import DECODER, DialectName, FloatType, GraphIO, TensorSpec
-from flashvlm.preprocess import AnyRes, Pixels
+from flashvlm.names import FileName, GraphName, VisionName, named
+from flashvlm.tilings import AnyRes, Frames, Pixels
 
 SCHEMA_VERSION = 2
 EMBEDDINGS = "embed_tokens.safetensors"
@@ -24,36 +24,9 @@ PROCESSOR = "processor"
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what the runtime reads of it
 
 
-def _named(pattern: str, what: str) -> AfterValidator:
-    """A text that becomes a name in the file system: of this pattern, or refused as no ``what``."""
-
-    def check(name: str) -> str:
-        if not re.fullmatch(pattern, name, re.ASCII):
-            raise ValueError(f"{name!r} is not {what}")
-        return name
-
-    return AfterValidator(check)
-
-
-# Never absolute, never hidden, never upwards.
-FileName = Annotated[
-    str,
-    _named(
-        r"(\w[\w.-]{0,99}/)?\w[\w.-]{0,99}",
-        "the name of a file in the bundle (letters, digits, '.', '_', '-'; at most in one folder)",
-    ),
-]
-_SIZE = r"(-[a-z0-9]{1,16}){0,2}"
-VisionName = Annotated[str, _named(rf"vision{_SIZE}", "a vision graph: vision, vision-448x672")]
-GraphName = Annotated[
-    str,
-    _named(
-        rf"vision{_SIZE}|decoder|(select|prefill){_SIZE}-k[1-9][0-9]{{0,6}}",
-        "a graph: vision, vision-448x672, decoder, select-k64, select-448x672-k64, prefill-k64",
-    ),
-]
-StreamName = Annotated[str, _named(r"[a-z][a-z_]{0,31}", "a stream")]
+StreamName = Annotated[str, named(r"[a-z][a-z_]{0,31}", "a stream")]
 Pattern = Annotated[str, Field(max_length=256)]
+Marker = Annotated[str, Field(min_length=1, max_length=64)]
 # Beyond every model there is, and small enough that no product of two allocates without end.
 Tokens = Annotated[int, Field(gt=0, le=1 << 16)]
 Width = Annotated[int, Field(gt=0, le=1 << 16)]
@@ -125,47 +98,59 @@ class ModelSpec(_Record):
 class TextLayout(_Record):
     """What stands around an item's visual tokens, each run of them a ``{v}``.
 
-    whole    of an item in one piece, or of any item where ``tile`` is None
-    tile     of a tile, in row ``{r}`` and column ``{c}`` from 1; row_end: after each row; last: of the thumbnail
+    whole     of an item in one piece, or of any item where neither ``tile`` nor ``frame`` is given
+    tile      of a tile, in row ``{r}`` and column ``{c}`` from 1; row_end: after each row; last: of the thumbnail
+    head, end before and after a video of ``{n}`` frames (``{words}``: in English), ``{hms}`` long (1:02:03)
+    frame     of a video's unit ``{i}``, from 1, at ``{mmss}`` (62:03) or ``{seconds}`` (3723.0); join: between them
     """
 
     whole: Pattern = "{v}"
     tile: Pattern | None = None
     row_end: Pattern = ""
     last: Pattern = ""
+    head: Pattern = ""
+    frame: Pattern | None = None
+    join: Pattern = ""
+    end: Pattern = ""
 
     @model_validator(mode="after")
     def _check(self) -> TextLayout:
-        if self.whole.count("{v}") != 1 or self.row_end.count("{v}") or self.last.count("{v}") > 1:
+        around = (self.row_end, self.head, self.join, self.end)
+        if self.whole.count("{v}") != 1 or any("{v}" in text for text in around) or self.last.count("{v}") > 1:
             raise ValueError("expected one {v} for the visual tokens of each unit")
-        if self.tile is not None and self.tile.count("{v}") != 1:
-            raise ValueError("expected one {v} for the visual tokens of a tile")
+        for name, text in (("tile", self.tile), ("frame", self.frame)):
+            if text is not None and text.count("{v}") != 1:
+                raise ValueError(f"expected one {{v}} for the visual tokens of a {name}")
         return self
 
 
 class VisualSpec(_Record):
-    """How one kind of image, at one size, becomes visual tokens.
+    """How images, or videos, become visual tokens at one size. One of them is an item.
 
     graph            of vision; its selection graphs are named after it
-    placeholder_id   the token that stands for it in a prompt
+    placeholder_id   the token that stands for a run of its visual tokens
+    marker           what the chat template writes for an item, where it is not that token
     tokens_per_unit  of a tile or frame, ``grid`` rows by columns (the CLS token that ``skip`` names is beside them)
     candidates       tokens at most, in reading order
     order            of the candidates: raster, tile after tile; or anyres: the thumbnail, then rows over all tiles
                      without their padding, each with a newline
-    positions        sequential; or mrope: time, height and width, time in steps of ``time_scale``
+    newline          end: one behind the last token of a video
+    positions        sequential; or mrope: time, height and width, time in ``time_scale`` steps a second of video
     skip             cls: the first token of each unit is never selected, and kept in "all"
     scope            of a budget: item, chosen among all tokens; or unit, the same number of each tile or frame
     """
 
-    modality: Literal["image"] = "image"
+    modality: Literal["image", "video"] = "image"
     graph: VisionName
     placeholder_id: TokenId
+    marker: Marker | None = None
     tokens_per_unit: Tokens
     grid: tuple[Tokens, Tokens]
     candidates: Tokens
     feature_size: Width
     pixels: Pixels
     order: Literal["raster", "anyres"] = "raster"
+    newline: Literal["none", "end"] = "none"
     text: TextLayout = TextLayout()
     positions: Literal["sequential", "mrope"] = "sequential"
     time_scale: int = Field(default=1, ge=1, le=1 << 16)
@@ -195,6 +180,8 @@ class VisualSpec(_Record):
         cells = math.prod(self.grid) + (self.skip == "cls")
         if cells != self.tokens_per_unit:
             raise ValueError(f"expected a grid of {self.tokens_per_unit} tokens, found {self.grid}")
+        if (self.modality == "video") != isinstance(self.pixels, Frames):
+            raise ValueError(f"modality {self.modality} does not go with the tiling {self.pixels.tiling}")
         if (self.order == "anyres") != isinstance(self.pixels, AnyRes):
             raise ValueError(f"order {self.order} does not go with the tiling {self.pixels.tiling}")
         if self.scope == "unit" and (not self.tiled or self.order == "anyres"):
@@ -204,6 +191,10 @@ class VisualSpec(_Record):
             )
         if self.candidates != (most := self._most()):
             raise ValueError(f"expected {most} candidates of these tiles, found {self.candidates}")
+        if self.newline == "end" and (self.modality != "video" or self.text.frame is not None):
+            raise ValueError("a newline at the end goes with a video in one run")
+        if (self.text.tile if self.modality == "video" else self.text.frame) is not None:
+            raise ValueError(f"text of tiles goes with images and text of frames with videos, found a {self.modality}")
         if self.text.tile is not None:
             if self.order == "anyres":
                 raise ValueError("text between tiles does not go with rows over all tiles")
@@ -216,7 +207,7 @@ class VisualSpec(_Record):
     def _most(self) -> int:
         """The candidates of the largest item there can be."""
         if not isinstance(self.pixels, AnyRes):
-            return self.pixels.max_units * self.tokens_per_unit
+            return self.pixels.max_units * self.tokens_per_unit + (self.newline == "end")
         rows, columns = self.grid
         side = self.pixels.side
         lines = max(h // side * rows * (w // side * columns + 1) for h, w in self.pixels.pinpoints)
@@ -266,8 +257,8 @@ class Manifest(_Record):
             raise ValueError("the fused layout takes one image without tiles, and a cache written in place")
         if len({visual.graph for visual in self.visual}) != len(self.visual):
             raise ValueError("expected different vision graphs, found one twice")
-        if len({(visual.modality, visual.placeholder_id) for visual in self.visual}) > len(self.placeholders):
-            raise ValueError("expected one placeholder_id for a modality, found several")
+        if len({(each.modality, each.placeholder_id, each.marker) for each in self.visual}) > len(self.placeholders):
+            raise ValueError("expected one placeholder_id and marker for a modality, found several")
         for visual in self.visual:
             if visual.placeholder_id >= self.model.vocab_size:
                 table = f"the table of {self.model.vocab_size} rows"
@@ -282,12 +273,21 @@ class Manifest(_Record):
 
     @property
     def placeholders(self) -> dict[str, int]:
-        """The token that stands for an image or video in a prompt, by modality."""
+        """The token that stands for a run of visual tokens in a prompt, by modality."""
         return {visual.modality: visual.placeholder_id for visual in self.visual}
 
     @property
+    def markers(self) -> dict[str, str]:
+        """What the chat template writes for an item, by modality, where it is not the placeholder."""
+        return {visual.modality: visual.marker for visual in self.visual if visual.marker is not None}
+
+    def of(self, modality: str) -> list[VisualSpec]:
+        """The sizes that images, or videos, may have."""
+        return [visual for visual in self.visual if visual.modality == modality]
+
+    @property
     def candidates(self) -> int:
-        """Visual tokens of the largest image."""
+        """Visual tokens of the largest item."""
         return max(visual.candidates for visual in self.visual)
 
     def max_units(self, graph: str) -> int:

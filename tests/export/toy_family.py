@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from flashvlm.errors import CheckpointError
 from flashvlm.graph_io import VISION
 from flashvlm.manifest import TextLayout, VisualSpec
-from flashvlm.preprocess import GridTiles
+from flashvlm.tilings import GridTiles
 from flashvlm_export.config_bounds import INTEGERS, checked_config, refuse_unlike_attention
 from flashvlm_export.families.contract import LanguageSpec, TowerSpec, VisualOptions
 from flashvlm_export.families.tiles import in_reading_order

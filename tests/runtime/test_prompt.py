@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from flashvlm.errors import PromptError
 from flashvlm.manifest import TextLayout, VisualSpec
-from flashvlm.preprocess import AnyRes, Grid, GridTiles, LongestEdge, Single, grid_of
+from flashvlm.preprocess import Grid, grid_of
 from flashvlm.prompt import Item, Text, Visual, arrange, coordinates, expand, layout, run_lengths, select_rows
+from flashvlm.tilings import AnyRes, GridTiles, LongestEdge, Single
 
 NORMAL: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 IMAGE = 99
@@ -159,8 +160,7 @@ def test_runs_of_tiles_with_text_between() -> None:
 def test_three_axes() -> None:
     mrope = spec(Single(resize="exact", size=(20, 30), **NORMAL), (2, 3), 6, positions="mrope", time_scale=4)
     grid = Grid(1, 1, "none", (20, 30))
-    assert coordinates(mrope, 6, 3).tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
-    assert coordinates(mrope, 12, 3)[0].tolist() == [0] * 6 + [4] * 6
+    assert coordinates(item(mrope, grid), 6, 3).tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
     prompt = layout(np.array([1, 2, IMAGE, 3]), [item(mrope, grid, [1, 5])], 3, True)
     assert prompt.position_ids.tolist() == [[0, 1, 2, 2, 5], [0, 1, 2, 3, 5], [0, 1, 3, 4, 5]]
     assert prompt.next_position == 6  # 2 rows, 3 columns: text goes on behind the larger

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForCondi
 from flashvlm.errors import CheckpointError
 from flashvlm.graph_io import VISION
 from flashvlm.manifest import VisualSpec
-from flashvlm.preprocess import Single
+from flashvlm.tilings import Single
 from flashvlm_export.config_bounds import refuse_unlike_attention
 from flashvlm_export.families.contract import LanguageSpec, TowerSpec, VisualOptions
 

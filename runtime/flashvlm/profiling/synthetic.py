@@ -36,7 +36,8 @@ def synthetic_prompt(bundle: Bundle, tokens: int, photo: tuple[int, int] = PHOTO
 
     def encode(question: str) -> EncodedPrompt:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return text.encode([{"role": "user", "content": content}], bundle.manifest.placeholders, [seen.text])
+        messages = [{"role": "user", "content": content}]
+        return text.encode(messages, bundle.manifest.placeholders, [seen.text], bundle.manifest.markers)
 
     def size(question: str) -> int:
         return len(encode(question).input_ids) - seen.runs
@@ -88,7 +89,7 @@ class SyntheticSight(NamedTuple):
 def synthetic_sight(manifest: Manifest, photo: tuple[int, int] = PHOTO) -> SyntheticSight:
     """``photo``: its size in pixels, width and height."""
     size = photo[1], photo[0]
-    spec = nearest(manifest.visual, size)
+    spec = nearest(manifest, "image", size)
     grid = grid_of(size, spec.pixels)
     return SyntheticSight(spec, grid, arrange(spec, grid))
 
