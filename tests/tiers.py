@@ -28,6 +28,7 @@ TIERS = {
     "runtime/test_backends.py": "engines",
     "runtime/test_chat_template.py": "unit",
     "runtime/test_frames.py": "parity",
+    "runtime/test_contact_sheet.py": "unit",
     "runtime/test_images.py": "unit",
     "runtime/test_budget.py": "unit",
     "runtime/test_messages.py": "unit",

@@ -71,7 +71,8 @@ def _cover(size: tuple[int, int], boxes: np.ndarray, tokens: np.ndarray) -> np.n
     """See ``View.cells``."""
     cells = np.full(size[::-1], -1, dtype=np.int64)
     area = np.prod(boxes[tokens, 2:] - boxes[tokens, :2], axis=1)
-    for token in tokens[np.argsort(-area, kind="stable")]:
+    coarse_first = np.argsort(-area, kind="stable")
+    for token in tokens[coarse_first[area[coarse_first] > 0]]:
         left, top, right, bottom = boxes[token]
         cells[top:bottom, left:right] = token
     return cells
