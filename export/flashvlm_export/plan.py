@@ -7,7 +7,7 @@ Activations are an estimate (``costs.py``).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +22,7 @@ from flashvlm_export.checkpoint import StoredTensor, describes_a_model, find_con
 from flashvlm_export.costs import Costs
 from flashvlm_export.dtypes import DTYPES, STORED_FLOATS
 from flashvlm_export.families import aliases, configs, family_of
-from flashvlm_export.families.contract import Family, LanguageSpec
+from flashvlm_export.families.contract import Family, LanguageSpec, VisualOptions
 from flashvlm_export.graph.dialects import DIALECTS
 from flashvlm_export.opening import check_budgets
 from flashvlm_export.weights.layout import ALIGNMENT, Layout
@@ -52,6 +52,7 @@ class PlanOptions:
     text_tokens: int = 40
     new_tokens: int = 64
     revision: str | None = None
+    visual: VisualOptions = field(default_factory=VisualOptions)
 
 
 class _Record(BaseModel):
@@ -131,7 +132,7 @@ def plan(options: PlanOptions) -> Plan:
         config = family.read_config(config_dict)
         with torch.device("meta"):
             module = family.build(config, DTYPES[dtype].torch).eval()
-        language, towers = family.language_spec(config), family.tower_specs(config)
+        language, towers = family.language_spec(config), family.tower_specs(config, options.visual)
     candidates = max(tower.candidates for tower in towers)
     _check(options, language, candidates)
     parts = _parts(family, config, module, dtype)

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from flashvlm.errors import CheckpointError, FlashVLMError, no_panic, one_line
 from flashvlm.files import parse_json
 from flashvlm.frames import Clip
-from flashvlm.manifest import PROCESSOR_FILES, VisualSpec
+from flashvlm.manifest import PROCESSOR_FILES
 from flashvlm.preprocess import grid_of
 from flashvlm.prompt import expand
 from flashvlm.text.processor import RUN, TextProcessor
+from flashvlm.visual import VisualSpec
 from flashvlm_export.checkpoint import Checkpoint, read_file, read_json
 
 # Those that may name classes or code, and those that hold data alone.

@@ -25,7 +25,7 @@ from flashvlm.frames import Clip
 from flashvlm.generation import Row, Timings, check_length
 from flashvlm.graph_io import DECODER, select_graph
 from flashvlm.images import ImageSource, image_digest, load_image
-from flashvlm.manifest import EMBEDDINGS, PROCESSOR, Manifest, VisualSpec
+from flashvlm.manifest import EMBEDDINGS, PROCESSOR, Manifest
 from flashvlm.messages import Message, VideoPart, normalise
 from flashvlm.preprocess import Grid, grid_of, stack, tile
 from flashvlm.prompt import Arrangement, Item, Text, arrange, expand, layout, select_rows
@@ -34,6 +34,7 @@ from flashvlm.text.processor import Message as PlainMessage
 from flashvlm.text.processor import TextProcessor
 from flashvlm.tilings import Frames
 from flashvlm.videos import Video, load_video
+from flashvlm.visual import VisualSpec
 
 CACHED_IMAGES = 8
 Visible = PIL.Image.Image | Video

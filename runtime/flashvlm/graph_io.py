@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from flashvlm.manifest import ModelSpec, VisualSpec
+    from flashvlm.manifest import ModelSpec
+    from flashvlm.visual import VisualSpec
 
 FloatType = Literal["float32", "float16", "bfloat16"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]

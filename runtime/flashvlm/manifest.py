@@ -6,17 +6,29 @@ graphs have exactly the inputs and outputs of ``graph_io``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from flashvlm import graph_io
-from flashvlm.budget import ALL, Budget, tokens_kept
+from flashvlm.fields import (
+    MAX_KV_VALUES,
+    FileName,
+    GraphName,
+    Heads,
+    Layers,
+    Record,
+    Sha256,
+    Slots,
+    StreamName,
+    TokenId,
+    Tokens,
+    Vocabulary,
+    Width,
+)
 from flashvlm.graph_io import DECODER, DialectName, FloatType, GraphIO, TensorSpec
-from flashvlm.names import FileName, GraphName, VisionName, named
-from flashvlm.tilings import AnyRes, Frames, Pixels
+from flashvlm.visual import VisualSpec, unshared
 
 SCHEMA_VERSION = 2
 EMBEDDINGS = "embed_tokens.safetensors"
@@ -24,39 +36,19 @@ PROCESSOR = "processor"
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what the runtime reads of it
 
 
-StreamName = Annotated[str, named(r"[a-z][a-z_]{0,31}", "a stream")]
-Pattern = Annotated[str, Field(max_length=256)]
-Marker = Annotated[str, Field(min_length=1, max_length=64)]
-# Beyond every model there is, and small enough that no product of two allocates without end.
-Tokens = Annotated[int, Field(gt=0, le=1 << 16)]
-Width = Annotated[int, Field(gt=0, le=1 << 16)]
-Layers = Annotated[int, Field(gt=0, le=1 << 10)]
-Heads = Annotated[int, Field(gt=0, le=1 << 12)]
-Vocabulary = Annotated[int, Field(gt=0, le=1 << 22)]
-Slots = Annotated[int, Field(gt=0, le=1 << 24)]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 22)]
-MAX_PIXEL_VALUES = 1 << 27  # of all tiles of an image, float32: 537 MB
-MAX_KV_VALUES = 1 << 24  # of a cache slot, keys and values of all layers: models have 10^4 to 10^6
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class GraphSpec(_Record):
+class GraphSpec(Record):
     file: FileName
     data: tuple[FileName, ...] = ()
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
-class FileSpec(_Record):
+class FileSpec(Record):
     size: int = Field(ge=0, lt=1 << 50)
     sha256: Sha256
 
 
-class Dtypes(_Record):
+class Dtypes(Record):
     """activations: of every tensor between graphs and in the cache; weights: as stored; embeddings: of the table."""
 
     activations: FloatType
@@ -64,7 +56,7 @@ class Dtypes(_Record):
     embeddings: FloatType
 
 
-class ModelSpec(_Record):
+class ModelSpec(Record):
     """What the runtime needs to know of the language model; sizes in tokens, heads and channels.
 
     position_axes   1, or 3 for time, height and width
@@ -95,126 +87,7 @@ class ModelSpec(_Record):
         return self
 
 
-class TextLayout(_Record):
-    """What stands around an item's visual tokens, each run of them a ``{v}``.
-
-    whole     of an item in one piece, or of any item where neither ``tile`` nor ``frame`` is given
-    tile      of a tile, in row ``{r}`` and column ``{c}`` from 1; row_end: after each row; last: of the thumbnail
-    head, end before and after a video of ``{n}`` frames (``{words}``: in English), ``{hms}`` long (1:02:03)
-    frame     of a video's unit ``{i}``, from 1, at ``{mmss}`` (62:03) or ``{seconds}`` (3723.0); join: between them
-    """
-
-    whole: Pattern = "{v}"
-    tile: Pattern | None = None
-    row_end: Pattern = ""
-    last: Pattern = ""
-    head: Pattern = ""
-    frame: Pattern | None = None
-    join: Pattern = ""
-    end: Pattern = ""
-
-    @model_validator(mode="after")
-    def _check(self) -> TextLayout:
-        around = (self.row_end, self.head, self.join, self.end)
-        if self.whole.count("{v}") != 1 or any("{v}" in text for text in around) or self.last.count("{v}") > 1:
-            raise ValueError("expected one {v} for the visual tokens of each unit")
-        for name, text in (("tile", self.tile), ("frame", self.frame)):
-            if text is not None and text.count("{v}") != 1:
-                raise ValueError(f"expected one {{v}} for the visual tokens of a {name}")
-        return self
-
-
-class VisualSpec(_Record):
-    """How images, or videos, become visual tokens at one size. One of them is an item.
-
-    graph            of vision; its selection graphs are named after it
-    placeholder_id   the token that stands for a run of its visual tokens
-    marker           what the chat template writes for an item, where it is not that token
-    tokens_per_unit  of a tile or frame, ``grid`` rows by columns (the CLS token that ``skip`` names is beside them)
-    candidates       tokens at most, in reading order
-    order            of the candidates: raster, tile after tile; or anyres: the thumbnail, then rows over all tiles
-                     without their padding, each with a newline
-    newline          end: one behind the last token of a video
-    positions        sequential; or mrope: time, height and width, time in ``time_scale`` steps a second of video
-    skip             cls: the first token of each unit is never selected, and kept in "all"
-    scope            of a budget: item, chosen among all tokens; or unit, the same number of each tile or frame
-    """
-
-    modality: Literal["image", "video"] = "image"
-    graph: VisionName
-    placeholder_id: TokenId
-    marker: Marker | None = None
-    tokens_per_unit: Tokens
-    grid: tuple[Tokens, Tokens]
-    candidates: Tokens
-    feature_size: Width
-    pixels: Pixels
-    order: Literal["raster", "anyres"] = "raster"
-    newline: Literal["none", "end"] = "none"
-    text: TextLayout = TextLayout()
-    positions: Literal["sequential", "mrope"] = "sequential"
-    time_scale: int = Field(default=1, ge=1, le=1 << 16)
-    skip: Literal["none", "cls"] = "none"
-    scope: Literal["item", "unit"] = "item"
-
-    @property
-    def tiled(self) -> bool:
-        """Whether an item has several units, and its graph an ``order``."""
-        return self.pixels.tiling != "single"
-
-    def select_size(self, budget: int) -> tuple[int, int]:
-        """Candidates and budget of one selection: an item's, or of scope unit a unit's, K // the most units."""
-        if self.scope == "item":
-            return self.candidates, budget
-        return self.tokens_per_unit, budget // self.pixels.max_units
-
-    def kept_of(self, count: int, units: int, budget: Budget) -> int:
-        """Tokens that a budget keeps of an item of ``count`` tokens in ``units``: ``count`` if nothing is selected."""
-        if budget == ALL or self.scope == "item":
-            return tokens_kept(budget, count)
-        candidates, kept = self.select_size(budget)
-        return count if kept >= candidates else units * kept
-
-    @model_validator(mode="after")
-    def _check(self) -> VisualSpec:
-        cells = math.prod(self.grid) + (self.skip == "cls")
-        if cells != self.tokens_per_unit:
-            raise ValueError(f"expected a grid of {self.tokens_per_unit} tokens, found {self.grid}")
-        if (self.modality == "video") != isinstance(self.pixels, Frames):
-            raise ValueError(f"modality {self.modality} does not go with the tiling {self.pixels.tiling}")
-        if (self.order == "anyres") != isinstance(self.pixels, AnyRes):
-            raise ValueError(f"order {self.order} does not go with the tiling {self.pixels.tiling}")
-        if self.scope == "unit" and (not self.tiled or self.order == "anyres"):
-            raise ValueError(
-                f"a budget for each unit (scope unit) needs tiles or frames one after another, found the tiling "
-                f"{self.pixels.tiling}; use scope item"
-            )
-        if self.candidates != (most := self._most()):
-            raise ValueError(f"expected {most} candidates of these tiles, found {self.candidates}")
-        if self.newline == "end" and (self.modality != "video" or self.text.frame is not None):
-            raise ValueError("a newline at the end goes with a video in one run")
-        if (self.text.tile if self.modality == "video" else self.text.frame) is not None:
-            raise ValueError(f"text of tiles goes with images and text of frames with videos, found a {self.modality}")
-        if self.text.tile is not None:
-            if self.order == "anyres":
-                raise ValueError("text between tiles does not go with rows over all tiles")
-            if self.pixels.may_have_thumbnail and self.text.last.count("{v}") != 1:  # without one it is not read
-                raise ValueError("expected one {v} in the text of the thumbnail")
-        if (numbers := self.pixels.max_units * math.prod(self.pixels.unit_shape)) > MAX_PIXEL_VALUES:
-            raise ValueError(f"expected at most {MAX_PIXEL_VALUES:,} pixel values of an image, found {numbers:,}")
-        return self
-
-    def _most(self) -> int:
-        """The candidates of the largest item there can be."""
-        if not isinstance(self.pixels, AnyRes):
-            return self.pixels.max_units * self.tokens_per_unit + (self.newline == "end")
-        rows, columns = self.grid
-        side = self.pixels.side
-        lines = max(h // side * rows * (w // side * columns + 1) for h, w in self.pixels.pinpoints)
-        return self.tokens_per_unit + lines
-
-
-class SelectionSpec(_Record):
+class SelectionSpec(Record):
     """score: what ``scores`` are: logarithms, cosines less the best one's, or None (zeros). default: the budget of a
     question that names none."""
 
@@ -227,7 +100,7 @@ class SelectionSpec(_Record):
     params: dict[str, float | int | str]
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """source, revision, license: where the weights are from, and under which terms."""
 
     schema_version: int = SCHEMA_VERSION
@@ -355,14 +228,6 @@ def graphs_of(
             yield graph_io.select_graph(spec.graph, budget), graph_io.select_io(model, spec, budget)
             if layout == "fused":
                 yield graph_io.prefill_graph(spec.graph, budget), graph_io.prefill_io(model, spec, budget)
-
-
-def unshared(visual: VisualSpec, budgets: Sequence[int]) -> str | None:
-    """What is wrong with a budget that leaves a tile or frame without a token; None where there is no such budget."""
-    units, least = visual.pixels.max_units, min(budgets, default=visual.candidates)
-    if visual.select_size(least)[1] > 0:
-        return None
-    return f"a budget that up to {units} tiles or frames share is at least {units}, found {least}"
 
 
 def fits_fused(model: ModelSpec, visual: Sequence[VisualSpec]) -> bool:

@@ -18,11 +18,11 @@ import numpy as np
 
 from flashvlm.errors import PromptError
 from flashvlm.frames import Clip
-from flashvlm.manifest import TextLayout, VisualSpec
 from flashvlm.preprocess import Grid
 from flashvlm.text.numbers import in_words
 from flashvlm.text.processor import RUN
 from flashvlm.tilings import AnyRes
+from flashvlm.visual import TextLayout, VisualSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flashvlm_export.testing import llava
+from flashvlm_export.testing.presets import llava
 from flashvlm_export.testing.tokenizer import CHAT_TEMPLATE, english, make_tokenizer
 from scenes.questions import KINDS, ask, vocabulary
 from scenes.world import GRID, sample_scene

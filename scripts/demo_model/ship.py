@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from demo_model import build
 from demo_model.stages import STAGES, Demo
-from flashvlm_export.testing import llava
+from flashvlm_export.testing.presets import llava
 from scenes.exam import ASKED
 
 DTYPE = "float16"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +17,20 @@ from test_toy_family import QUESTION, SQUARE, STEPS, UNIT, WIDE, Reference
 from flashvlm import Pipeline
 from flashvlm.bundle import Bundle
 from flashvlm.errors import FlashVLMError
-from flashvlm.manifest import Manifest, VisualSpec
+from flashvlm.manifest import Manifest
 from flashvlm.profiling.measure import ProfileOptions
 from flashvlm.profiling.synthetic import synthetic_prompt, synthetic_sight
 from flashvlm.profiling.trtexec import jobs
 from flashvlm_export.exporter import ExportOptions, export
 from flashvlm_export.families import registered
+from flashvlm_export.families.contract import VisualOptions
 from flashvlm_export.selection import select
 
 BUDGETS = (20,)
 UNITS = toy_family.MAX_TILES + 1
 SHARE = {20: 6}  # of each of 3 tiles at most; 2 of the budget are left
+BY_TILE = VisualOptions(scope=frozenset({"tile"}))
 ALIKE = pytest.mark.parametrize("budget", ["all", *BUDGETS])
-
-
-@contextmanager
-def scoped() -> Iterator[None]:
-    """The toy family with a budget for each tile."""
-    specs = toy_family.visual_specs
-
-    def by_unit(*args: Any) -> list[VisualSpec]:
-        return [VisualSpec.model_validate({**spec.model_dump(), "scope": "unit"}) for spec in specs(*args)]
-
-    with pytest.MonkeyPatch.context() as patch, registered(toy_family):
-        patch.setattr(toy_family, "visual_specs", by_unit)
-        yield
 
 
 class ByTile(Reference):
@@ -67,8 +55,8 @@ def scoped_bundle(once: Any, checkpoint: Path) -> Callable[[Any], Path]:
 
     def make(dialect: Any) -> Path:
         def write(out: Path) -> None:
-            with scoped():
-                export(ExportOptions(str(checkpoint), out, budgets=BUDGETS, dialect=dialect))
+            with registered(toy_family):
+                export(ExportOptions(str(checkpoint), out, budgets=BUDGETS, dialect=dialect, visual=BY_TILE))
 
         return once(f"toy-scope-{dialect}", write)
 
@@ -169,9 +157,27 @@ def test_a_budget_that_leaves_a_tile_without_tokens(
     checkpoint: Path, scoped_bundle: Callable[[Any], Path], tmp_path: Path
 ) -> None:
     words = "a budget that up to 3 tiles or frames share is at least 3, found 2"
-    with scoped(), pytest.raises(FlashVLMError, match=f"--budget: {words}; ask for more, or use --budget-scope image"):
-        export(ExportOptions(str(checkpoint), tmp_path / "out", budgets=(20, 2)))
+    with (
+        registered(toy_family),
+        pytest.raises(FlashVLMError, match=f"--budget: {words}; ask for more, or use --budget-scope image"),
+    ):
+        export(ExportOptions(str(checkpoint), tmp_path / "out", budgets=(20, 2), visual=BY_TILE))
     content = Bundle(scoped_bundle("legacy")).manifest.model_dump()
     content["selection"]["budgets"] = (*BUDGETS, 2)
     with pytest.raises(ValueError, match=words):
         Manifest.model_validate(content)
+
+
+@pytest.mark.parametrize(
+    ("model", "scope", "expected"),
+    [
+        ("toy", {"frame"}, "--budget-scope frame: expected frames in turn, found none; leave it out"),
+        ("llava", {"tile"}, "--budget-scope tile: expected tiles in turn, found none; leave it out"),
+    ],
+)
+def test_a_scope_that_nothing_has_is_refused(
+    model: str, scope: set[Any], expected: str, tiny_checkpoint: Path, once: Any, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint if model == "llava" else once("toy", toy_family.write_checkpoint)
+    with registered(toy_family), pytest.raises(FlashVLMError, match=expected):
+        export(ExportOptions(str(folder), tmp_path / "out", (4,), visual=VisualOptions(scope=frozenset(scope))))

@@ -15,6 +15,7 @@ from flashvlm.bundle import Bundle
 from flashvlm_export.exporter import ExportOptions, export
 from flashvlm_export.graph import modules as graphs
 from flashvlm_export.graph.dialects import DIALECTS
+from flashvlm_export.selection import SelectionParams
 from flashvlm_export.testing import checkpoints
 
 
@@ -63,6 +64,22 @@ def test_saliency_reads_one_row_of_one_block(tiny_gqa_bundle: Path) -> None:
     blocks = [node.name for node in nodes if node.op_type == "Attention"]
     assert len(softmax) == 1  # block -2 alone; its neighbours' rows were pruned
     assert softmax[0].rpartition("/")[0] == blocks[-1].rpartition("/")[0]
+
+
+@pytest.mark.parametrize(("method", "eta"), [("flashvlm", 1.0), ("divprune", 0.5)])
+def test_saliency_that_nothing_reads_is_not_computed(
+    method: str, eta: float, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashvlm_export import exporter
+
+    options = ExportOptions(str(tiny_checkpoint), Path("none"), (4,), method=method, params=SelectionParams(eta=eta))
+    whole = exporter._graphs
+    monkeypatch.setattr(exporter, "_graphs", lambda *args: [g for g in whole(*args) if g.name == "vision"])
+    model = exporter.open_model(options)
+    source = exporter.match_tensors(model.family, model.module, model.checkpoint, model.config)
+    traced = exporter._trace(model, source, options, exporter.NoProgress())["vision"].model
+    assert not [node for node in traced.graph if node.op_type == "Softmax"]
+    assert [value.name for value in traced.graph.outputs] == ["image_tokens", "features", "saliency"]
 
 
 def test_the_score_is_a_local_function_with_attributes(tiny_gqa_bundle: Path) -> None:

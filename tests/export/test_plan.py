@@ -18,7 +18,7 @@ from flashvlm.profiling.measure import kv_bytes
 from flashvlm_export.cli.export import main
 from flashvlm_export.families import configs
 from flashvlm_export.plan import Plan, PlanOptions, plan
-from flashvlm_export.testing import llava
+from flashvlm_export.testing.presets import llava
 from flashvlm_export.weights.layout import ALIGNMENT
 from refusals import assert_refused, run
 

@@ -16,7 +16,8 @@ safetensors = pytest.importorskip("safetensors")
 
 from PIL import Image  # noqa: E402
 
-from flashvlm_export.testing import checkpoints, llava  # noqa: E402
+from flashvlm_export.testing import checkpoints  # noqa: E402
+from flashvlm_export.testing.presets import llava  # noqa: E402
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 

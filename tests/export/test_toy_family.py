@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import PIL.Image
 import pytest
 import torch
 import toy_family
@@ -18,9 +19,11 @@ from transformers import AutoTokenizer
 
 from flashvlm import Pipeline
 from flashvlm.bundle import Bundle
+from flashvlm.cli.run import main as flashvlm_run
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.graph_io import DECODER
 from flashvlm.images import load_image
+from flashvlm.kept_picture import MARGIN, PANEL
 from flashvlm.manifest import EMBEDDINGS
 from flashvlm.preprocess import tile
 from flashvlm_export.exporter import ExportOptions, export
@@ -28,6 +31,7 @@ from flashvlm_export.families import family_of, registered
 from flashvlm_export.families.contract import VisualOptions
 from flashvlm_export.plan import PlanOptions, plan
 from flashvlm_export.selection import select
+from refusals import run
 
 BUDGETS = (7, 20)
 STEPS = 5
@@ -192,6 +196,20 @@ def test_positions_have_three_axes(recorded: Recorded) -> None:
     assert len({*step[0, :, 0].tolist()}) == 1
 
 
+def test_a_picture_of_each_image(toy_bundle: Any, tmp_path: Path) -> None:
+    """Of the second, which is cut into tiles, also one panel of its thumbnail."""
+    files = [tmp_path / "square.png", tmp_path / "wide.png"]
+    for file, image in zip(files, (SQUARE, WIDE), strict=True):
+        PIL.Image.fromarray(image).save(file)
+    images = [word for file in files for word in ("--image", file)]
+    command = [toy_bundle("legacy"), *images, "--prompt", QUESTION, "--budget", 7, "--max-new-tokens", 1]
+    ran = run(flashvlm_run, *command, "--show", tmp_path / "kept.png")
+    assert ran.code == 0, ran
+    assert [line.rpartition("/")[2] for line in ran.stderr.splitlines()] == ["kept.png", "kept-2.png"]
+    widths = [PIL.Image.open(tmp_path / name).width for name in ("kept.png", "kept-2.png")]
+    assert [(width - MARGIN) // (PANEL + MARGIN) for width in widths] == [3, 4]
+
+
 # --- bundle ----------------------------------------------------------------------------------------------------------
 
 
@@ -310,11 +328,15 @@ def test_options_that_do_not_fit(options: dict[str, Any], expected: str, checkpo
 
 def test_a_family_of_one_size_refuses_others(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for visual, expected in (
-        (VisualOptions(image_sizes=((28, 28),)), r"image sizes \[\(28, 28\)\]; leave them out"),
-        (VisualOptions(max_tiles=3), "up to 3 tiles; leave them out"),
+        (
+            VisualOptions(image_sizes=((28, 28),)),
+            "--image-size 28x28: family llava has images of one size",
+        ),
+        (VisualOptions(max_tiles=3), "--max-tiles 3: family llava has no tiles; leave it out"),
+        (VisualOptions(frames=8), "--frames 8: family llava has no videos; leave it out"),
     ):
         options = ExportOptions(str(tiny_checkpoint), tmp_path / "out", (4,), visual=visual)
-        with pytest.raises(FlashVLMError, match=f"family llava has images of one size and no tiles, found {expected}"):
+        with pytest.raises(FlashVLMError, match=expected):
             export(options)
 
 
@@ -337,5 +359,5 @@ def test_and_no_longer() -> None:
         patch.delitem(families.FAMILIES, "toy")
         with registered(toy_family):
             pass
-        with pytest.raises(CheckpointError, match=r"'toy' is not supported; supported families: llava$"):
+        with pytest.raises(CheckpointError, match=r"'toy' is not supported; supported families: [a-su-z]"):
             family_of({"model_type": "toy"})

@@ -22,11 +22,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from flashvlm.errors import CheckpointError
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import TextLayout, VisualSpec
 from flashvlm.tilings import GridTiles
+from flashvlm.visual import TextLayout, VisualSpec
 from flashvlm_export.config_bounds import INTEGERS, checked_config, refuse_unlike_attention
+from flashvlm_export.families.common.tiles import in_reading_order
 from flashvlm_export.families.contract import LanguageSpec, TowerSpec, VisualOptions
-from flashvlm_export.families.tiles import in_reading_order
 from flashvlm_export.testing.tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 NAME = "toy"
@@ -183,7 +183,7 @@ def language_spec(config: ToyConfig) -> LanguageSpec:
     )
 
 
-def tower_specs(config: ToyConfig) -> list[TowerSpec]:
+def tower_specs(config: ToyConfig, options: VisualOptions) -> list[TowerSpec]:
     tokens = (config.tile_side // PATCH) ** 2
     return [
         TowerSpec(

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 
 from flashvlm.errors import VideoError
 from flashvlm.frames import Clip, choose_frames, clip_of
-from flashvlm.manifest import TextLayout, VisualSpec
 from flashvlm.preprocess import grid_of, stack, tile
 from flashvlm.prompt import Item, arrange, expand, layout, run_lengths
 from flashvlm.text.numbers import in_words
 from flashvlm.tilings import Frames, LongestEdge, Single
+from flashvlm.visual import TextLayout, VisualSpec
 
 NORMAL: dict[str, Any] = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.6, 0.7)}
 VIDEO = 99

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from flashvlm.errors import PromptError
-from flashvlm.manifest import TextLayout, VisualSpec
 from flashvlm.preprocess import Grid, grid_of
 from flashvlm.prompt import Item, Text, Visual, arrange, coordinates, expand, layout, run_lengths, select_rows
 from flashvlm.tilings import AnyRes, GridTiles, LongestEdge, Single
+from flashvlm.visual import TextLayout, VisualSpec
 
 NORMAL: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 IMAGE = 99

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -51,7 +52,7 @@ def _flag(text: str, *names: str) -> Any:
 
 @app.command()
 def export(
-    model: Annotated[str, _flag("demo, llava-1.5-7b, llava-1.5-13b, a Hub id, or a checkpoint folder.", "--model")],
+    model: Annotated[str, _flag("demo, a short name (llava-1.5-7b), a Hub id, or a checkpoint folder.", "--model")],
     out: Annotated[Path | None, _flag("Bundle folder to write.", "--out")] = None,
     budget: Annotated[
         str, _flag("Visual tokens to keep: 64, a list such as 64,128 whose first is later the default, or all.")
@@ -64,6 +65,15 @@ def export(
         Positions | None, _flag("Position ids of kept tokens; renumber, or keep where positions have several axes.")
     ] = None,
     dtype: Annotated[Dtype, _flag("Weights and activations; auto takes the checkpoint's.")] = Dtype.auto,
+    image_size: Annotated[
+        str, _flag("HEIGHTxWIDTH in pixels, or a list of them: each a vision graph; an image takes the nearest shape.")
+    ] = "",
+    max_tiles: Annotated[int | None, _flag("Tiles that an image is cut into at most.")] = None,
+    frames: Annotated[int | None, _flag("Frames of a video at most; adds the graph for videos.")] = None,
+    budget_scope: Annotated[
+        str,
+        _flag("What shares a budget: image and video as a whole, or tile, frame: each has the same; a list of them."),
+    ] = "",
     max_seq: Annotated[int | None, _flag("KV-cache capacity in tokens; the model's maximum if not given.")] = None,
     layout: Annotated[Layout, _flag("fused adds one graph for the whole time to first token.")] = Layout.split,
     dialect: Annotated[
@@ -91,9 +101,14 @@ def export(
     # Every bundle answers with all tokens too: that takes no graph of its own.
     asked = parse_budgets(budget)
     budgets = tuple(each for each in asked if each != ALL)
+    visual: dict[str, Any] = {"image_sizes": _parse_sizes(image_size), "max_tiles": max_tiles, "frames": frames}
+    visual["scope"] = _parse_scope(budget_scope)
+    for name, count in (("max-tiles", max_tiles), ("frames", frames)):
+        if count is not None and count < 1:
+            raise FlashVLMError(f"--{name} {count}: expected at least 1")
     if plan:
         sizes = (max_seq, max_batch, prompt_tokens, new_tokens)
-        _plan(model, budgets, dtype.value, dialect.value, revision, sizes, json_output)
+        _plan(model, budgets, dtype.value, dialect.value, revision, visual, sizes, json_output)
         return
     if out is None:
         raise FlashVLMError(
@@ -107,6 +122,7 @@ def export(
         with _installed():
             from flashvlm_export.exporter import ExportOptions
             from flashvlm_export.exporter import export as run_export
+            from flashvlm_export.families.contract import VisualOptions
             from flashvlm_export.selection import SelectionParams
         starting(1)
         params = SelectionParams(
@@ -132,6 +148,7 @@ def export(
             max_seq=max_seq,
             layout=layout.value,
             dialect=dialect.value,
+            visual=VisualOptions(**visual),
             revision=revision,
             force=force,
         )
@@ -149,12 +166,32 @@ def _installed() -> Iterator[None]:
         ) from None
 
 
+def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """448x672,672x448 -> (height, width) of each."""
+    sizes = tuple(re.fullmatch(r"(\d{1,4})x(\d{1,4})", part.strip()) for part in text.split(",") if part.strip())
+    if not all(sizes):
+        raise FlashVLMError(f"--image-size {text}: expected HEIGHTxWIDTH in pixels, such as 448x672 or 448x672,672x448")
+    return tuple((int(size[1]), int(size[2])) for size in sizes if size)
+
+
+def _parse_scope(text: str) -> frozenset[str]:
+    """tile,frame -> what is not as a whole."""
+    words = {word.strip() for word in text.split(",") if word.strip()}
+    if odd := words - {"image", "video", "tile", "frame"}:
+        raise FlashVLMError(f"--budget-scope {', '.join(sorted(odd))}: expected image, tile, frame or video")
+    for whole, unit in (("image", "tile"), ("video", "frame")):
+        if {whole, unit} <= words:
+            raise FlashVLMError(f"--budget-scope {text}: expected {whole} or {unit}, found both")
+    return frozenset(words - {"image", "video"})
+
+
 def _plan(
     model: str,
     budgets: tuple[int, ...],
     dtype: Any,
     dialect: Any,
     revision: str | None,
+    visual: dict[str, Any],
     sizes: tuple[int | None, int, int, int],
     json_output: bool,
 ) -> None:
@@ -165,12 +202,16 @@ def _plan(
         if size is not None and size < 1:
             raise FlashVLMError(f"--{name} {size}: expected at least 1")
     with support.waiting("planning"), _installed():
+        from flashvlm_export.families.contract import VisualOptions
         from flashvlm_export.plan import PlanOptions
         from flashvlm_export.plan import plan as run_plan
 
         found = run_plan(
-            PlanOptions(model, budgets, dtype, max_seq, max_batch, dialect, prompt_tokens, new_tokens, revision)
-        )
+            PlanOptions(
+                model, budgets, dtype, max_seq, max_batch, dialect, prompt_tokens, new_tokens, revision,
+                VisualOptions(**visual),
+            )
+        )  # fmt: skip
     print_plan(found, json_output)
 
 

@@ -1,11 +1,12 @@
 """What a model family is to the exporter: everything asked of one, and nothing of it is known elsewhere.
 
-A family is a module with these names; ``llava.py`` is one to read beside this.
+A family is a module with these names; ``llava.py`` is one to read beside this, and ``common/text.py`` has those of them
+that most families share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from flashvlm.errors import FlashVLMError
-from flashvlm.manifest import VisualSpec
+from flashvlm.visual import VisualSpec
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,29 @@ class TowerSpec:
 
 @dataclass(frozen=True)
 class VisualOptions:
-    """What an export may ask of a family's images.
+    """What an export may ask of a family's images and videos.
 
     image_sizes  (height, width) in pixels: a vision graph for each
-    max_tiles    that one image is cut into
+    max_tiles    that one image is cut into, without its thumbnail
+    frames       of a video at most: a vision graph for them
+    scope        of a budget: tile, that each tile of an image has its share; frame, each frame of a video
     """
 
     image_sizes: tuple[tuple[int, int], ...] = ()
     max_tiles: int | None = None
+    frames: int | None = None
+    scope: frozenset[Literal["tile", "frame"]] = frozenset()
 
-    def refuse(self, family: str) -> None:
-        """For a family that takes images of one size: raises FlashVLMError for anything asked."""
-        if self != VisualOptions():
-            asked = f"image sizes {list(self.image_sizes)}" if self.image_sizes else f"up to {self.max_tiles} tiles"
-            raise FlashVLMError(f"family {family} has images of one size and no tiles, found {asked}; leave them out")
+    def refuse(self, family: str, *, but: Collection[str] = ()) -> None:
+        """Raises FlashVLMError for anything asked that is no field in ``but``."""
+        sizes = ",".join(f"{height}x{width}" for height, width in self.image_sizes)
+        for name, flag, asked, has in (
+            ("image_sizes", "--image-size", sizes, "images of one size"),
+            ("max_tiles", "--max-tiles", self.max_tiles, "no tiles"),
+            ("frames", "--frames", self.frames, "no videos"),
+        ):
+            if asked and name not in but:
+                raise FlashVLMError(f"{flag} {asked}: family {family} has {has}; leave it out")
 
 
 class Family(Protocol):
@@ -105,8 +115,8 @@ class Family(Protocol):
 
     def language_spec(self, config: Any) -> LanguageSpec: ...
 
-    def tower_specs(self, config: Any) -> list[TowerSpec]:
-        """Of each vision graph there is without options."""
+    def tower_specs(self, config: Any, options: VisualOptions) -> list[TowerSpec]:
+        """Of each vision graph, by what ``config.json`` alone can tell. Raises FlashVLMError as ``visual_specs``."""
 
     def visual_specs(self, config: Any, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
         """One for each modality and size. ``image_processor`` is transformers', by PIL.
@@ -134,7 +144,7 @@ class Family(Protocol):
 
         pixel_values [B,C,H,W] -> image_tokens [B,N,D], features [B,N,Dv], saliency float32 [B,N], each stream [B,N,Ds]
         in the order of ``LanguageSpec.streams``. A tiled one takes [U,C,H,W] and ``order`` [N], and gives batch 1:
-        ``tiles.in_reading_order``.
+        ``common.tiles.in_reading_order``.
         """
 
     # --- weights: parameters go by the path of their module in ``build``'s model ---

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig
 
 from flashvlm.errors import CheckpointError
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import VisualSpec
 from flashvlm.tilings import Single
-from flashvlm_export.config_bounds import refuse_unlike_attention
-from flashvlm_export.families.contract import LanguageSpec, TowerSpec, VisualOptions
+from flashvlm.visual import VisualSpec
+from flashvlm_export.families.common import names, pixels, saliency
+from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
+from flashvlm_export.families.common.text import build as build
+from flashvlm_export.families.common.text import embedding_name as embedding_name
+from flashvlm_export.families.common.text import language as language
+from flashvlm_export.families.common.text import language_section as language_section
+from flashvlm_export.families.common.text import language_spec as language_spec
+from flashvlm_export.families.common.text import tied_head as tied_head
+from flashvlm_export.families.contract import TowerSpec, VisualOptions
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
 
 NAME = "llava"
 ALIASES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
@@ -26,18 +35,6 @@ REFUSED = {
     "vipllava": "it joins the features of several vision blocks",
 }
 VISION_TYPES = ("clip_vision_model",)
-TEXT_TYPES = ("llama",)
-
-# Names of checkpoints on the Hub (left) and of transformers 5 modules (right).
-RENAMES = (
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
-    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-)
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
-# Buffers that old transformers saved and new ones compute.
-COMPUTED = re.compile(r"(embeddings\.position_ids|rotary_emb\.inv_freq)$")
 
 
 def _sizes(hidden: int, layers: int, heads: int, inter: int) -> dict[str, Any]:
@@ -79,7 +76,7 @@ CONFIGS = {"llava-1.5-7b": _sizes(4096, 32, 32, 11008), "llava-1.5-13b": _sizes(
 class Vision(nn.Module):
     """pixel_values [B,3,H,W] -> image_tokens [B,N,D], features [B,N,Dv], saliency [B,N] float32.
 
-    Saliency is the CLS row of the block that yields the features, averaged over heads (arXiv 2512.20561, section 3).
+    Saliency is that of the block that yields the features.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, blocks: int) -> None:
@@ -92,8 +89,7 @@ class Vision(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tower = self.vision_tower(pixel_values, output_attentions=True)
         features = tower.last_hidden_state[:, 1:]  # [B,N,Dv], CLS dropped
-        saliency = tower.attentions[-1].mean(dim=1)[:, 0, 1:]  # [B,N]
-        return self.multi_modal_projector(features), features, saliency
+        return self.multi_modal_projector(features), features, saliency.of_cls(tower.attentions[-1])
 
 
 def read_config(config: dict[str, Any]) -> LlavaConfig:
@@ -102,24 +98,14 @@ def read_config(config: dict[str, Any]) -> LlavaConfig:
     Raises:
         CheckpointError: a variant of LLaVA this family does not cover.
     """
-    for part in ("vision_config", "text_config"):
-        if not isinstance(config.get(part), dict):
-            found = repr(config[part]) if part in config else "missing"
-            raise CheckpointError(f"config.json: {part} is {found}; family {NAME} has an object there")
-    if "quantization_config" in config:
-        raise CheckpointError("config.json: the checkpoint is quantized; expected float16, bfloat16 or float32 weights")
-    refuse_unlike_attention(config["text_config"], "text_config")
-    parsed = LlavaConfig.from_dict(config)
-    for part, found, expected in (
+    parsed = LlavaConfig.from_dict(check_sections(config, NAME))
+    expect(
+        NAME,
         ("vision_config.model_type", parsed.vision_config.model_type, VISION_TYPES),
         ("text_config.model_type", parsed.text_config.model_type, TEXT_TYPES),
         ("vision_feature_select_strategy", parsed.vision_feature_select_strategy, ("default",)),
-    ):
-        if found not in expected:
-            raise CheckpointError(f"config.json: {part} is {found!r}; family {NAME} supports {' or '.join(expected)}")
-    token, rows = parsed.image_token_id, parsed.text_config.vocab_size
-    if not isinstance(token, int) or not 0 <= token < rows:
-        raise CheckpointError(f"config.json: image_token_index is {token!r}; expected one of the {rows:,} tokens")
+    )
+    check_token("image_token_index", parsed.image_token_id, parsed.text_config.vocab_size)
     vision_blocks(parsed)
     return parsed
 
@@ -132,39 +118,12 @@ def vision_blocks(config: LlavaConfig) -> int:
     return layer if layer > 0 else depth + 1 + layer
 
 
-def build(config: LlavaConfig, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """transformers' own model, weights in ``dtype``; call under ``torch.device("meta")``."""
-    # Not model.to(dtype): that would also round the rotary frequencies, which transformers keeps in float32.
-    return AutoModelForImageTextToText.from_config(config, dtype=dtype)
-
-
 def vision(model: LlavaForConditionalGeneration, spec: VisualSpec) -> nn.Module:
     return Vision(model, vision_blocks(model.config))
 
 
-def language(model: LlavaForConditionalGeneration) -> tuple[nn.Module, nn.Module]:
-    return model.model.language_model, model.lm_head
-
-
-def language_section(config: dict[str, Any]) -> dict[str, Any]:
-    return config["text_config"] if isinstance(config.get("text_config"), dict) else {}
-
-
-def language_spec(config: LlavaConfig) -> LanguageSpec:
-    text = config.text_config
-    return LanguageSpec(
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        intermediate=text.intermediate_size,
-        vocab=text.vocab_size,
-        max_seq=text.max_position_embeddings,
-    )
-
-
-def tower_specs(config: LlavaConfig) -> list[TowerSpec]:
+def tower_specs(config: LlavaConfig, options: VisualOptions) -> list[TowerSpec]:
+    options.refuse(NAME)
     tower, patches = config.vision_config, _side(config) ** 2
     return [
         TowerSpec(
@@ -203,41 +162,20 @@ def visual_specs(config: LlavaConfig, image_processor: Any, options: VisualOptio
 def _pixels(p: Any, side: int) -> Single:
     """The image processor's settings in the bundle's own terms, checked against the tower's ``side`` in pixels."""
     size, crop = dict(p.size), dict(p.crop_size)
-    if not (p.do_resize and p.do_center_crop and p.do_rescale and p.do_normalize) or "shortest_edge" not in size:
-        raise CheckpointError(
-            "preprocessor_config.json: expected resize by shortest edge, center crop, rescale and normalize"
-        )
+    if not p.do_center_crop or "shortest_edge" not in size:
+        raise CheckpointError("preprocessor_config.json: expected resize by shortest edge and center crop")
     if (crop["height"], crop["width"]) != (side, side):
         raise CheckpointError(f"preprocessor_config.json: crop_size is {crop}; the vision tower takes {side} x {side}")
-    if p.resample not in RESAMPLE:
-        raise CheckpointError(f"preprocessor_config.json: resample is {p.resample!r}; expected one of {RESAMPLE}")
     return Single(
         resize="shortest_edge",
         size=(size["shortest_edge"], size["shortest_edge"]),
-        resample=RESAMPLE[int(p.resample)],  # type: ignore[arg-type]
         crop=(side, side),
-        rescale=p.rescale_factor,
-        mean=tuple(p.image_mean),
-        std=tuple(p.image_std),
+        **pixels.normalisation(p),
     )
 
 
-def embedding_name(config: LlavaConfig) -> str:
-    return "model.language_model.embed_tokens.weight"
-
-
-def tied_head(config: LlavaConfig) -> str | None:
-    return "lm_head.weight" if config.tie_word_embeddings or config.text_config.tie_word_embeddings else None
-
-
 def canonical_name(name: str) -> str | None:
-    if COMPUTED.search(name):
-        return None
-    for pattern, replacement in RENAMES:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
-    return name
+    return names.renamed(name, names.LLAVA_RENAMES)
 
 
 def is_unused(config: LlavaConfig, name: str) -> bool:

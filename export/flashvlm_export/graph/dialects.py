@@ -54,18 +54,24 @@ class Dialect:
 
 
 def attention_node(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention as one ONNX node. Shapes: query [B,H,S,d], key and value [B,Hkv,C,d], additive mask [B,1,S,C].
 
     Returns the output [B,S,H,d] and, in the place of attention weights, the row of the first query alone:
     [B,H,1,C] float32. For a CLIP tower that row is CLS, its saliency; elsewhere nobody reads it and it is pruned.
     """
-    inputs = (query, key, value) if mask is None else (query, key, value, mask)
+    inputs = (query, key, value) if attention_mask is None else (query, key, value, attention_mask)
     output = torch.onnx.ops.symbolic(
         "Attention", inputs, {"scale": float(scaling)}, dtype=query.dtype, shape=query.shape, version=24
     )
-    if mask is not None:
+    if attention_mask is not None:
         return output.transpose(1, 2), output
     # A product and a sum, not a MatMul: TensorRT-RTX has no float32 GEMM for Turing.
     scores = (query[:, :, :1].float() * key.float()).sum(-1) * scaling  # [B,H,C]
@@ -130,7 +136,13 @@ def rms_norm_node(model: nn.Module) -> Iterator[None]:
 
 
 def attention_primitives(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """The same shapes as ``attention_node``, in MatMul and Softmax; softmax in float32, as in transformers.
 
@@ -140,8 +152,8 @@ def attention_primitives(
     groups = heads // key.shape[1]
     query = query.reshape(batch, key.shape[1], groups, length, size)
     scores = query @ key[:, :, None].transpose(-1, -2) * scaling  # [B,Hkv,g,S,C]
-    if mask is not None:
-        scores = scores + mask[:, :, None]
+    if attention_mask is not None:
+        scores = scores + attention_mask[:, :, None]
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
     output = (weights.to(value.dtype) @ value[:, :, None]).reshape(batch, heads, length, size)
     return output.transpose(1, 2), weights.reshape(batch, heads, length, -1)[:, :, :1]
@@ -190,8 +202,44 @@ LEGACY_OPERATORS = frozenset(
     """.split()  # noqa: SIM905 - as a list literal it is fifty lines long
 )
 
-AttentionInterface.register("onnx_node", attention_node)
-AttentionInterface.register("onnx_primitives", attention_primitives)
+# --- saliency without a CLS token ------------------------------------------------------------------------------------
+
+RECEIVED = "_received"  # behind the name of an attention: with it the weights are ``received``
+CHUNK = 256  # queries at a time
+
+
+def received(query: Tensor, key: Tensor, scaling: float, chunk: int = CHUNK) -> Tensor:
+    """Attention that each token receives from all others, averaged over them and over heads.
+
+    query and key [B,H,T,d] -> float32 [B,T], which sums to one. T is known; no more than ``chunk`` rows of the T x T
+    map of a head are there at once.
+    """
+    heads, tokens = query.shape[1:3]
+    total = None
+    for start in range(0, tokens, chunk):
+        scores = (query[:, :, start : start + chunk] * scaling) @ key.transpose(-1, -2)  # [B,H,chunk,T]
+        part = torch.softmax(scores, dim=-1, dtype=torch.float32).sum(dim=(1, 2))
+        total = part if total is None else total + part
+    assert total is not None
+    return total / (heads * tokens)
+
+
+def receiving(attention: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same attention, with what each token receives, [B,1,1,T], in the place of its weights."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        output, _ = attention(module, query, key, value, attention_mask, scaling, **more)
+        return output, received(query, key, scaling)[:, None, None]
+
+    return attend
+
+
+for _name, _attention in (("onnx_node", attention_node), ("onnx_primitives", attention_primitives)):
+    AttentionInterface.register(_name, _attention)
+    AttentionInterface.register(_name + RECEIVED, receiving(_attention))
 
 DIALECTS: dict[DialectName, Dialect] = {
     "modern": Dialect("modern", 24, "onnx_node", True, True, ScatterCache, rms_norm_node),

@@ -5,7 +5,7 @@ has the file layout, tensor names, shapes, tokenizer conventions and chat templa
 hub, so that every tool that reads the real ones reads these, and the same bytes come out on every machine.
 
 Weights never need to fit in memory: names and shapes come from the model class on the meta device (``tensors.py``).
-A family has a file beside this one with its presets.
+A family has a file in presets/.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
-from flashvlm_export.testing import llava
+from flashvlm_export.testing.presets import PRESETS as PRESETS
 from flashvlm_export.testing.tensors import DTYPES, Naming, Tensor, itemsize, write_shards
 
 NAMINGS: tuple[Naming, ...] = get_args(Naming)
@@ -43,9 +43,6 @@ class Preset(Protocol):
 
     def tensors(self, dtype: str, naming: Naming) -> list[Tensor]:
         """Every tensor, in the order of the model class."""
-
-
-PRESETS: Mapping[str, Preset] = llava.PRESETS
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # LLaVA-1.5's conversation: an optional system sentence, then turns; the image comes first in its turn.
@@ -131,4 +131,42 @@ def make_tokenizer(text_tokens: int, max_length: int, corpus: Iterable[str] | No
         extra_special_tokens={"image_token": AddedToken("<image>", normalized=False, special=True)},
     )
     tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", normalized=False, special=True)})
+    return tokenizer
+
+
+def make_byte_level_tokenizer(
+    text_tokens: int, max_length: int, special: Sequence[str], named: Mapping[str, str] | None = None
+) -> Any:
+    """Train a byte-level BPE with Qwen2's conventions.
+
+    Args:
+        text_tokens: its size before ``special``, control tokens that take the ids that follow. The first ends a text,
+            the second a turn.
+        max_length: the longest input it declares.
+        named: what transformers' processor calls some of them, such as ``start_image_token``.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learnt = min(text_tokens, 1 << 13)  # a larger vocabulary is filled up: no test speaks it
+    trainer = trainers.BpeTrainer(vocab_size=learnt, show_progress=False, initial_alphabet=alphabet)
+    trained.train_from_iterator(english(max(2000, learnt)), trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocab = dict(model["vocab"])
+    vocab |= {f"<unused{i}>": i for i in range(len(vocab), text_tokens)}
+    vocab |= {token: text_tokens + i for i, token in enumerate(special)}  # or the named ones would come first
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[tuple(pair) for pair in model["merges"]],
+        model_max_length=max_length,
+        unk_token=None,
+        pad_token=None,
+        eos_token=None,
+        extra_special_tokens=dict(named or {}),
+    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in special], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": special[0], "eos_token": special[1]})
     return tokenizer

@@ -12,10 +12,11 @@ from flashvlm.budget import Budget
 from flashvlm.bundle import Bundle
 from flashvlm.encoder import nearest
 from flashvlm.errors import PromptError
-from flashvlm.manifest import PROCESSOR, Manifest, VisualSpec
+from flashvlm.manifest import PROCESSOR, Manifest
 from flashvlm.preprocess import Grid, grid_of
 from flashvlm.prompt import Arrangement, arrange, expand
 from flashvlm.text.processor import RUN, EncodedPrompt, TextProcessor
+from flashvlm.visual import VisualSpec
 
 PHOTO = (640, 480)  # pixels, width and height; preprocessing resizes it
 WORDS = ["what", "is", "in", "this", "picture", "and", "where", "are", "the", "people", "who", "stand", "near", "it"]
