@@ -135,6 +135,14 @@ class Reference:
             deep.append(torch.zeros(1, stream[0].shape[1] if stream else 128))
             positions.append((cursor,) * 3)
             cursor += 1
+        return *self.decode(embeds, deep, positions, cursor), kept
+
+    def decode(
+        self, embeds: list[torch.Tensor], deep: list[torch.Tensor], positions: list[tuple[int, ...]], cursor: int
+    ) -> tuple[list[int], np.ndarray]:
+        """Greedy tokens and logits [1 + STEPS, V] after a prompt, a tensor of tokens a piece; ``cursor``: the first new
+        position."""
+        embed = self.model.language.embed
         said, logits = [], []
         for _ in range(1 + STEPS):
             row = torch.cat(embeds)[None]
@@ -152,7 +160,7 @@ class Reference:
             deep.append(torch.zeros(1, deep[0].shape[1]))
             positions.append((cursor,) * 3)
             cursor += 1
-        return said, torch.stack(logits).numpy(), kept
+        return said, torch.stack(logits).numpy()
 
 
 @pytest.fixture(scope="module")
