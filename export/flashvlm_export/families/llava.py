@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 NAME = "llava"
 ALIASES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
 REFUSED = {
-    "llava_next": "it cuts images into tiles",
-    "llava_next_video": "it cuts images into tiles",
     "llava_onevision": "it cuts images into tiles",
     "video_llava": "it has a second tower, for video",
     "vipllava": "it joins the features of several vision blocks",
