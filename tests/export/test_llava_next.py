@@ -73,6 +73,8 @@ class TestLlavaNext(FamilyProof):
         ({"image_grid_pinpoints": [[56, 100]]}, r"image_grid_pinpoints has \[56, 100\]; expected"),
         ({"image_grid_pinpoints": [[56, -112]]}, r"image_grid_pinpoints has \[56, -112\]; expected"),
         ({"image_grid_pinpoints": [56, 112]}, "image_grid_pinpoints has 56; expected"),
+        ({"image_grid_pinpoints": []}, "image_grid_pinpoints has 0 sizes; expected 1 to 64"),
+        ({"image_grid_pinpoints": [[56, 56]] * 65}, "image_grid_pinpoints has 65 sizes; expected 1 to 64"),
         ({"use_image_newline_parameter": False}, "use_image_newline_parameter is False"),
         ({"vision_config": TINY["vision_config"] | {"model_type": "siglip_vision_model"}}, "'siglip_vision_model'"),
         ({"text_config": TINY["text_config"] | {"model_type": "gpt_oss"}}, "text_config.model_type is 'gpt_oss'"),

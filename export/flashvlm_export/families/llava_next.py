@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import LlavaNextConfig
 
-from flashvlm.errors import CheckpointError, FlashVLMError
+from flashvlm.errors import CheckpointError, FlashVLMError, brief
 from flashvlm.graph_io import VISION
 from flashvlm.manifest import VisualSpec
 from flashvlm.preprocess import AnyRes
@@ -112,11 +112,13 @@ def read_config(config: dict[str, Any]) -> LlavaNextConfig:
     )
     check_token("image_token_index", parsed.image_token_id, parsed.text_config.vocab_size)
     clip.blocks(parsed)
-    side = parsed.vision_config.image_size
-    for pair in parsed.image_grid_pinpoints:
+    side, pinpoints = parsed.vision_config.image_size, parsed.image_grid_pinpoints
+    if not 1 <= len(pinpoints) <= 64:
+        raise CheckpointError(f"config.json: image_grid_pinpoints has {len(pinpoints):,} sizes; expected 1 to 64")
+    for pair in pinpoints:
         if not (isinstance(pair, list) and len(pair) == 2 and all(_is_edge(edge, side) for edge in pair)):
             raise CheckpointError(
-                f"config.json: image_grid_pinpoints has {pair!r}; expected [height, width] in multiples of the tower's "
+                f"config.json: image_grid_pinpoints has {brief(pair)}; expected [height, width] in multiples of the tower's "
                 f"{side} pixels"
             )
     return parsed
