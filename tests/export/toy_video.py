@@ -18,8 +18,8 @@ import pytest
 import toy_family
 from torch import Tensor, nn
 
-from flashvlm.manifest import TextLayout, VisualSpec
 from flashvlm.tilings import Frames
+from flashvlm.visual import TextLayout, VisualSpec
 from flashvlm_export.families import registered
 from flashvlm_export.testing.tokenizer import CHAT_TEMPLATE
 
