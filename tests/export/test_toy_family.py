@@ -168,7 +168,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(tmp_path_factory.mktemp("reference") / "toy")
 
 
-@pytest.fixture(scope="module", params=["modern", "legacy"])
+# The slow tier has both. The fast one has the family in one dialect, and the other dialect with LLaVA (test_parity,
+# test_compile, test_tensorrt_session).
+BOTH = ["modern", pytest.param("legacy", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=BOTH)
 def recorded(request: pytest.FixtureRequest, toy_bundle: Any) -> Recorded:
     return Recorded(toy_bundle(request.param))
 
@@ -272,7 +277,7 @@ def test_graphs_of_several_sizes_share_one_file(checkpoint: Path, reference: Ref
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("dialect", ["modern", "legacy"])
+@pytest.mark.parametrize("dialect", BOTH)
 def test_the_stand_in_of_tensorrt_answers_alike(
     dialect: str, toy_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +299,8 @@ def test_the_stand_in_of_tensorrt_answers_alike(
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("dialect", [pytest.param("modern", marks=pytest.mark.slow), "legacy"])
+@pytest.mark.slow  # for an export of its own in either dialect; test_compile builds LLaVA's in both
+@pytest.mark.parametrize("dialect", ["modern", "legacy"])
 def test_tensorrt_rtx_builds_it(dialect: Any, toy_bundle: Any, checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from flashvlm_export.compile.engines import CompileOptions, compile_bundle
