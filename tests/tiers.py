@@ -21,6 +21,8 @@ TIERS = {
     "export/test_demo_model.py": "parity",
     "export/test_every_method.py": "parity",
     "export/test_export_refusals.py": "commands",
+    "export/test_internvl.py": "parity",
+    "export/test_llava.py": "parity",
     "export/test_parity.py": "parity",
     "export/test_selection.py": "parity",
     "plugins": "engines",

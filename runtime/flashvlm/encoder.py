@@ -75,11 +75,13 @@ class Sight:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """input_ids int64 [T] with placeholders, query int64 [L]: the ids that the selection is guided by."""
+    """input_ids int64 [T] with placeholders, query int64 [L]: the ids that the selection is guided by; sights as the
+    messages have them, ``order`` as the prompt has them."""
 
     input_ids: np.ndarray
     query: np.ndarray
     sights: tuple[Sight, ...]
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +206,7 @@ class Encoder:
         check_length(len(encoded.input_ids), self._session.limits)  # before vision and selection work for nothing
         asked = self._manifest.selection.query == "question"
         mask = encoded.question_mask if asked else encoded.text_mask
-        return Prompt(encoded.input_ids, encoded.input_ids[mask], sights)
+        return Prompt(encoded.input_ids, encoded.input_ids[mask], sights, encoded.order)
 
     # --- see ---
 
@@ -280,16 +282,17 @@ class Encoder:
     # --- place ---
 
     def place(self, prompt: Prompt, kept: Sequence[Kept]) -> Encoded:
-        """The prompt with each image's tokens where they belong."""
+        """The prompt with each item's tokens where they belong."""
         manifest = self._manifest
-        items = [Item(one.spec, one.grid, one.count, one.kept) for one in (each.selection for each in kept)]
+        shown = [kept[i] for i in prompt.order]
+        items = [Item(one.spec, one.grid, one.count, one.kept) for one in (each.selection for each in shown)]
         keep_positions = manifest.selection.positions == "keep"
         placed = layout(prompt.input_ids, items, manifest.model.position_axes, keep_positions)
         text = {"inputs_embeds": self.embedding[prompt.input_ids]}  # [T,D]
         segments = tuple(
             Segment(text, run.start, run.stop)
             if isinstance(run, Text)
-            else Segment(kept[run.item].tensors, run.start, run.stop)
+            else Segment(shown[run.item].tensors, run.start, run.stop)
             for run in placed.runs
         )
         keys = [

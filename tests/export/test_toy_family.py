@@ -135,6 +135,14 @@ class Reference:
             deep.append(torch.zeros(1, stream[0].shape[1] if stream else 128))
             positions.append((cursor,) * 3)
             cursor += 1
+        return *self.decode(embeds, deep, positions, cursor), kept
+
+    def decode(
+        self, embeds: list[torch.Tensor], deep: list[torch.Tensor], positions: list[tuple[int, ...]], cursor: int
+    ) -> tuple[list[int], np.ndarray]:
+        """Greedy tokens and logits [1 + STEPS, V] after a prompt, a tensor of tokens a piece; ``cursor``: the first new
+        position."""
+        embed = self.model.language.embed
         said, logits = [], []
         for _ in range(1 + STEPS):
             row = torch.cat(embeds)[None]
@@ -152,7 +160,7 @@ class Reference:
             deep.append(torch.zeros(1, deep[0].shape[1]))
             positions.append((cursor,) * 3)
             cursor += 1
-        return said, torch.stack(logits).numpy(), kept
+        return said, torch.stack(logits).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +168,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(tmp_path_factory.mktemp("reference") / "toy")
 
 
-@pytest.fixture(scope="module", params=["modern", "legacy"])
+# The slow tier has both. The fast one has the family in one dialect, and the other dialect with LLaVA (test_parity,
+# test_compile, test_tensorrt_session).
+BOTH = ["modern", pytest.param("legacy", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=BOTH)
 def recorded(request: pytest.FixtureRequest, toy_bundle: Any) -> Recorded:
     return Recorded(toy_bundle(request.param))
 
@@ -264,7 +277,7 @@ def test_graphs_of_several_sizes_share_one_file(checkpoint: Path, reference: Ref
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("dialect", ["modern", "legacy"])
+@pytest.mark.parametrize("dialect", BOTH)
 def test_the_stand_in_of_tensorrt_answers_alike(
     dialect: str, toy_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +299,8 @@ def test_the_stand_in_of_tensorrt_answers_alike(
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("dialect", [pytest.param("modern", marks=pytest.mark.slow), "legacy"])
+@pytest.mark.slow  # for an export of its own in either dialect; test_compile builds LLaVA's in both
+@pytest.mark.parametrize("dialect", ["modern", "legacy"])
 def test_tensorrt_rtx_builds_it(dialect: Any, toy_bundle: Any, checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from flashvlm_export.compile.engines import CompileOptions, compile_bundle

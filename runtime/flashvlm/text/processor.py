@@ -42,11 +42,14 @@ class EncodedPrompt:
     input_ids      int64 [T]
     question_mask  bool [T]: the tokens of the last user message's text
     text_mask      bool [T]: all tokens but placeholders and control tokens (BOS, turn markers)
+    order          which image or video of the messages is the first, second, ... of the prompt: some templates write
+                   all images before all videos
     """
 
     input_ids: np.ndarray
     question_mask: np.ndarray
     text_mask: np.ndarray
+    order: tuple[int, ...] = ()
 
 
 class TextProcessor:
@@ -142,7 +145,7 @@ class TextProcessor:
             (marks[modality], visual.replace(RUN, names[modality]))
             for modality, visual in zip(shown, visuals, strict=True)
         ]
-        text, spans = _expanded(text, self._question_spans(plain, text), {*marks.values()}, items, what)
+        text, spans, order = _expanded(text, self._question_spans(plain, text), {*marks.values()}, items, what)
 
         bos = self.named_tokens.get("bos_token")
         encoding = self._tokenize(text, add_special_tokens=not (bos and text.startswith(bos)))
@@ -161,7 +164,7 @@ class TextProcessor:
             raise PromptError("expected a question, found no token in the last user message; ask something")
         added = np.array(encoding.special_tokens_mask, dtype=bool)
         control = np.isin(ids, [*self._control, *tokens.values()])
-        return EncodedPrompt(ids, question, ~(added | control))
+        return EncodedPrompt(ids, question, ~(added | control), order)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Token ids -> text. Ids outside the vocabulary (padding of the embedding table) are left out."""
@@ -280,26 +283,30 @@ class TextStream:
 
 def _expanded(
     text: str, spans: list[tuple[int, int]], marks: Iterable[str], items: Sequence[tuple[str, str]], what: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text with the mark of each item in it replaced by what stands for it, and where the spans are then.
+) -> tuple[str, list[tuple[int, int]], tuple[int, ...]]:
+    """The text with the mark of each item in it replaced by what stands for it, where the spans are then, and which
+    items they are.
 
-    ``items``: mark and replacement of each. ``what`` they are, for messages.
+    ``items``: mark and replacement of each, in order among those of one mark. ``what`` they are, for messages.
     """
     pattern = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
     found = list(re.finditer(pattern, text)) if pattern else []
-    if [match[0] for match in found] != [mark for mark, _ in items]:
+    if sorted(match[0] for match in found) != sorted(mark for mark, _ in items):
         raise PromptError(
             f"expected {len(items)} {what} placeholders in the prompt, one for each {what.replace('and', 'or')} of the "
             f"messages, found {len(found)}; check the chat template and which roles have images"
         )
+    waiting = {mark: [i for i, item in enumerate(items) if item[0] == mark] for mark, _ in items}
+    order = tuple(waiting[match[0]].pop(0) for match in found)
     pieces, moved, done = [], [[*span] for span in spans], 0
-    for match, (mark, new) in zip(found, items, strict=True):
+    for match, item in zip(found, order, strict=True):
+        mark, new = items[item]
         pieces += [text[done : match.start()], new]
         done = match.end()
         for new_span, span in zip(moved, spans, strict=True):
             for i, end in enumerate(span):
                 new_span[i] += len(new) - len(mark) if end >= done else 0
-    return "".join([*pieces, text[done:]]), [(start, end) for start, end in moved]
+    return "".join([*pieces, text[done:]]), [(start, end) for start, end in moved], order
 
 
 def _read(path: Path) -> bytes:
