@@ -78,7 +78,9 @@ def choose_frames(total: int, fps: float, pixels: Frames) -> tuple[int, ...]:
     n = _number(total, fps, pixels)
     least = pixels.multiple if pixels.fps is not None else max(pixels.multiple, pixels.min_frames)
     if total < least or n < 1:
-        raise VideoError(f"expected a video of at least {least} frames, found {total}; take a longer one")
+        fewer = total - total % pixels.multiple
+        remedy = f", or export with --frames {fewer}" if fewer else ""
+        raise VideoError(f"expected a video of at least {least} frames, found {total}; take a longer one{remedy}")
     match pixels.rule:
         case "start":
             return tuple(i * total // n for i in range(n))

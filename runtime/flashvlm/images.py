@@ -78,7 +78,7 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
         if isinstance(source, Readable):
             return _open(io.BytesIO(_read(source)), "image file")
         if isinstance(source, ArrayLike):
-            return _decode(_from_array(_array(source)), "array")
+            return _decode(_from_array(as_array(source)), "array")
     found = type(source).__name__
     raise ImageError(f"image: expected {SOURCES}, found {found}; convert it first")
 
@@ -145,7 +145,7 @@ def _read(file: Readable) -> bytes:
     return b"".join(blocks)
 
 
-def _array(source: ArrayLike) -> np.ndarray:
+def as_array(source: ArrayLike) -> np.ndarray:
     try:
         return np.asarray(source)
     except Exception as error:  # tensors on a GPU, or with a gradient, say what to do

@@ -18,7 +18,7 @@ from flashvlm.extras import install
 from flashvlm.files import open_regular
 from flashvlm.frames import Clip, clip_of
 from flashvlm.images import MAX_PIXELS as MAX_FRAME
-from flashvlm.images import ArrayLike, ImageSource, check_size, image_digest, is_source, is_url, load_image
+from flashvlm.images import ArrayLike, ImageSource, as_array, check_size, image_digest, is_source, is_url, load_image
 from flashvlm.tilings import Frames
 
 if TYPE_CHECKING:
@@ -80,14 +80,14 @@ def load_video(source: VideoSource | Video, fps: float | None = None) -> Video:
     if isinstance(source, Video):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _file(os.fspath(source))
+        return _file(os.fsdecode(source))
     if isinstance(source, (bytes, bytearray)):
         content = bytes(source)
         return _opened("video bytes", lambda: io.BytesIO(content))
     if isinstance(source, (list, tuple)):
         return _listed(source, fps)
     if isinstance(source, ArrayLike):
-        array = np.asarray(source)
+        array = as_array(source)
         if array.ndim != 4:
             raise VideoError(f"video: expected an array of shape [T,H,W,3], found {list(array.shape)}; stack frames so")
         return _listed(list(array), fps)
@@ -252,6 +252,8 @@ def _stream(name: str, source: Callable[[], BinaryIO]) -> Iterator[tuple[Any, An
             if not container.streams.video:
                 raise VideoError(f"{name}: expected a video, found a file without one; check the path")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError(f"{name}: expected a video that can be decoded, found an unknown codec; save it again")
             stream.thread_type = "AUTO"
             stream.codec_context.options = {"max_pixels": str(MAX_FRAME)}
             yield container, stream

@@ -111,8 +111,15 @@ class VisualSpec(Record):
             raise ValueError(f"expected {most} candidates of these tiles, found {self.candidates}")
         if self.newline == "end" and (self.modality != "video" or self.text.frame is not None):
             raise ValueError("a newline at the end goes with a video in one run")
-        if (self.text.tile if self.modality == "video" else self.text.frame) is not None:
-            raise ValueError(f"text of tiles goes with images and text of frames with videos, found a {self.modality}")
+        if self.positions == "mrope" and (self.newline == "end" or self.skip == "cls"):
+            raise ValueError("positions mrope are of rows and columns: a newline or CLS token has none")
+        text = self.text
+        other = (text.tile, text.row_end, text.last) if self.modality == "video" else (text.frame, text.join, text.head)
+        if any(other) or (text.end and self.modality == "image"):
+            raise ValueError(
+                f"text of tiles goes with images and text of frames with videos, found "
+                f"{'a video' if self.modality == 'video' else 'an image'}"
+            )
         if self.text.tile is not None:
             if self.order == "anyres":
                 raise ValueError("text between tiles does not go with rows over all tiles")

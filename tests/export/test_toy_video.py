@@ -282,8 +282,9 @@ def test_the_command_takes_videos(pipeline: Pipeline, tmp_path: Path, monkeypatc
     wanted = pipeline.generate(IMAGE, QUESTION, video=path, budget=7, max_new_tokens=3)
     bundle = pipeline.bundle.path
     options = ["--image", tmp_path / "a.png", "--budget", 7, "--max-new-tokens", 3, "--prompt", QUESTION, "--json"]
-    ran = run(flashvlm_run, bundle, "--video", path, *options)
+    ran = run(flashvlm_run, bundle, "--video", path, *options, "--show", tmp_path / "kept.png")
     assert ran.code == 0, ran
+    assert [line.rpartition("/")[2] for line in ran.stderr.splitlines()] == ["kept.png", "kept-2.png"]
     found = json.loads(ran.stdout)
     assert found["token_ids"] == [*wanted.token_ids]
     (image,), (video,) = found["images"], found["videos"]

@@ -125,6 +125,8 @@ def test_a_short_video_has_what_there_is_or_is_refused() -> None:
     assert choose_frames(3, 25.0, frames(8, fps=50.0, min_frames=8)) == (0, 1, 2)
     with pytest.raises(VideoError, match="at least 8 frames, found 3; take a longer one"):
         choose_frames(3, 25.0, frames(8, min_frames=8))
+    with pytest.raises(VideoError, match=r"found 3; take a longer one, or export with --frames 2$"):
+        choose_frames(3, 25.0, frames(8, min_frames=8, multiple=2))
     with pytest.raises(VideoError, match="at least 2 frames, found 1"):
         choose_frames(1, 25.0, frames(8, fps=2.0, multiple=2))
     with pytest.raises(VideoError, match="at least 1 frames, found 0"):
@@ -295,6 +297,12 @@ def test_frames_in_runs_of_their_own_begin_at_no_time() -> None:
         ({"text": {"head": "{v}"}}, "expected one {v}"),
         ({"newline": "end", "candidates": 25, "text": {"frame": "{v}"}}, "a newline at the end"),
         ({"marker": ""}, "at least 1 character"),
+        ({"text": {"last": "{v}"}}, "text of tiles goes with images"),
+        ({"newline": "end", "candidates": 25, "positions": "mrope"}, "a newline or CLS token has none"),
+        (
+            {"skip": "cls", "tokens_per_unit": 7, "candidates": 28, "positions": "mrope"},
+            "a newline or CLS token has none",
+        ),
         ({"pixels": frames(1024, size=(512, 512)), "candidates": 6144}, "pixel values"),
     ],
 )

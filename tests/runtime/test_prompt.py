@@ -208,6 +208,7 @@ def test_positions_equal_qwen2_5() -> None:
         (TILES, (2, 2), 20, {"text": {"whole": "none"}}, "expected one {v}"),
         (TILES, (2, 2), 20, {"text": {"tile": "{v}{v}"}}, "expected one {v}"),
         (TILES, (2, 2), 20, {"graph": "decoder"}, "is not a vision graph"),
+        (TILES, (2, 2), 20, {"text": {"end": "x"}}, "text of frames with videos, found an image"),
         (TILES, (2, 2), 20, {"text": {"tile": "{v}"}}, "expected one {v} in the text of the thumbnail"),
         (GridTiles(side=4096, min_tiles=64, max_tiles=64, **NORMAL), (1, 1), 65, {}, "pixel values of an image"),
     ],
