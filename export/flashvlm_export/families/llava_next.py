@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import LlavaNextConfig
 
-from flashvlm.errors import CheckpointError, FlashVLMError
+from flashvlm.errors import CheckpointError, FlashVLMError, brief
 from flashvlm.graph_io import VISION
 from flashvlm.manifest import VisualSpec
 from flashvlm.preprocess import AnyRes
@@ -34,7 +34,12 @@ ALIASES = {
     "llava-1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
     "llava-1.6-34b": "llava-hf/llava-v1.6-34b-hf",
 }
-REFUSED = {"llava_next_video": "it pools the tokens of its videos"}
+_OWN_CODE = "its code is not transformers'; take the -hf conversion, such as llava-hf/llava-v1.6-mistral-7b-hf"
+REFUSED = {
+    "llava_next_video": "it pools the tokens of its videos",
+    "llava_llama": _OWN_CODE,
+    "llava_mistral": _OWN_CODE,
+}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -112,12 +117,14 @@ def read_config(config: dict[str, Any]) -> LlavaNextConfig:
     )
     check_token("image_token_index", parsed.image_token_id, parsed.text_config.vocab_size)
     clip.blocks(parsed)
-    side = parsed.vision_config.image_size
-    for pair in parsed.image_grid_pinpoints:
+    side, pinpoints = parsed.vision_config.image_size, parsed.image_grid_pinpoints
+    if not 1 <= len(pinpoints) <= 64:
+        raise CheckpointError(f"config.json: image_grid_pinpoints has {len(pinpoints):,} sizes; expected 1 to 64")
+    for pair in pinpoints:
         if not (isinstance(pair, list) and len(pair) == 2 and all(_is_edge(edge, side) for edge in pair)):
             raise CheckpointError(
-                f"config.json: image_grid_pinpoints has {pair!r}; expected [height, width] in multiples of the tower's "
-                f"{side} pixels"
+                f"config.json: image_grid_pinpoints has {brief(pair)}; expected [height, width] in multiples of "
+                f"the tower's {side} pixels"
             )
     return parsed
 
