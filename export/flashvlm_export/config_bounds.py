@@ -32,6 +32,7 @@ INTEGERS: Ranges = {
     "image_token_index": (0, (1 << 22) - 1),
     "image_token_id": (0, (1 << 22) - 1),
     "video_token_id": (0, (1 << 22) - 1),
+    "video_token_index": (0, (1 << 22) - 1),
 }
 REALS: Ranges = {
     "rms_norm_eps": (0.0, 1.0),
