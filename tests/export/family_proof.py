@@ -6,6 +6,7 @@ together, what its tower attends to, which of its visual tokens are never select
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -58,6 +59,15 @@ PROMPTS: dict[str, Callable[[Callable[[int], dict[str, Any]]], list[Message]]] =
         user(text(QUESTION)),
     ],
 }
+
+
+def published(folder: str) -> Path:
+    """Copies of a model's published files, where there are any: beside the checkout, or where the environment says."""
+    beside = Path(__file__).resolve().parents[3] / "shared/published"
+    found = Path(os.environ.get("FLASHVLM_PUBLISHED", beside)) / folder
+    if not found.is_dir():
+        pytest.skip(f"no copy of the published files at {found}")
+    return found
 
 
 def without_video(processor: type, *args: Any, **settings: Any) -> Any:
