@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, LlavaNextProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from flashvlm.errors import CheckpointError, FlashVLMError
-from flashvlm.preprocess import AnyRes
+from flashvlm.tilings import AnyRes
 from flashvlm_export.families import family_of, llava_next
 from flashvlm_export.families.contract import VisualOptions
 from flashvlm_export.plan import PlanOptions, plan

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import VideoLlavaConfig
 
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import VisualSpec
+from flashvlm.visual import VisualSpec
 from flashvlm_export.families.common import clip, names, pixels
 from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
 from flashvlm_export.families.common.text import build as build
