@@ -64,15 +64,6 @@ PROMPTS: dict[str, Callable[[Callable[[int], dict[str, Any]]], list[Message]]] =
 }
 
 
-def published(folder: str) -> Path:
-    """Copies of a model's published files, where there are any: beside the checkout, or where the environment says."""
-    beside = Path(__file__).resolve().parents[3] / "shared/published"
-    found = Path(os.environ.get("FLASHVLM_PUBLISHED", beside)) / folder
-    if not found.is_dir():
-        pytest.skip(f"no copy of the published files at {found}")
-    return found
-
-
 def without_video(processor: type, *args: Any, **settings: Any) -> Any:
     """transformers' processor without the part for videos, which needs torchvision; it checks for one."""
     unchecked = {"check_argument_for_proper_class": lambda *_: None}
