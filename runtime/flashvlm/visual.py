@@ -84,7 +84,7 @@ class VisualSpec(Record):
         """Candidates and budget of one selection: an item's, or of scope unit a unit's, K // the most units."""
         if self.scope == "item":
             return self.candidates, budget
-        return self.tokens_per_unit, budget // self.pixels.max_units
+        return self.tokens_per_unit, min(budget // self.pixels.max_units, self.tokens_per_unit)
 
     def kept_of(self, count: int, units: int, budget: Budget) -> int:
         """Tokens that a budget keeps of an item of ``count`` tokens in ``units``: ``count`` if nothing is selected."""

@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 import torch
 import toy_family
+import toy_video
 from test_parity import TOLERANCE, Recorded
 from test_toy_family import QUESTION, SQUARE, STEPS, UNIT, WIDE, Reference
 
+from clips import scene
 from flashvlm import Pipeline
 from flashvlm.bundle import Bundle
+from flashvlm.encoder import question, request
 from flashvlm.errors import FlashVLMError
+from flashvlm.generation import Timings
 from flashvlm.manifest import Manifest
 from flashvlm.profiling.measure import ProfileOptions
 from flashvlm.profiling.synthetic import synthetic_prompt, synthetic_sight
 from flashvlm.profiling.trtexec import jobs
+from flashvlm.videos import load_video
 from flashvlm_export.exporter import ExportOptions, export
 from flashvlm_export.families import registered
 from flashvlm_export.families.contract import VisualOptions
@@ -181,3 +186,40 @@ def test_a_scope_that_nothing_has_is_refused(
     folder = tiny_checkpoint if model == "llava" else once("toy", toy_family.write_checkpoint)
     with registered(toy_family), pytest.raises(FlashVLMError, match=expected):
         export(ExportOptions(str(folder), tmp_path / "out", (4,), visual=VisualOptions(scope=frozenset(scope))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(32, 40), (16, 64), (64, 16)], ids=["square", "wide", "tall"])
+def test_every_frame_keeps_its_share(size: tuple[int, int], once: Any) -> None:
+    """Frames alone, in pairs, and before a newline; index for index as torch selects of each."""
+    checkpoint = once("toy-video", toy_video.write_checkpoint)
+    visual = VisualOptions(scope=frozenset({"frame"}))
+
+    def write(out: Path) -> None:
+        with toy_video.with_video():
+            export(ExportOptions(str(checkpoint), out, budgets=(13,), visual=visual))
+
+    with Pipeline.from_bundle(once("toy-frame-scope", write)) as pipeline:
+        encoder, timings = pipeline.encoder, Timings()
+        prompts = encoder.read([request([question(QUESTION, [load_video(scene(10, size), fps=5)])])], timings)
+        (sight,) = prompts[0].sights
+        features = encoder.see(prompts, timings)[sight.key]
+        ((found,),) = encoder.select(prompts, {sight.key: features}, 13)
+        query = torch.from_numpy(encoder.embedding[prompts[0].query])[None]
+        n, units = sight.spec.tokens_per_unit, sight.grid.units
+        share = 13 // sight.spec.pixels.max_units
+        assert units > 1
+        kept, scores = [], []
+        for start in range(0, units * n, n):
+            unit = (features.image_tokens, features.features, features.saliency)
+            one = select(*(torch.from_numpy(t[None, start : start + n]) for t in unit), query, budget=share)
+            kept += (start + one.kept[0]).tolist()
+            scores += one.scores[0].tolist()
+        selection = found.selection
+        assert selection.kept.tolist() == kept
+        newlines = selection.count - units * n
+        assert newlines == (sight.spec.newline == "end")
+        np.testing.assert_allclose(selection.scores, scores + [min(scores)] * newlines, atol=1e-4)
+        for name, width in (("inputs_embeds", 64), ("deepstack", 128)):
+            assert found.tensors[name].shape == (units * share, width)
+        np.testing.assert_array_equal(found.tensors["inputs_embeds"], features.image_tokens[kept])

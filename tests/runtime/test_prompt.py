@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from flashvlm.errors import PromptError
 from flashvlm.preprocess import Grid, grid_of
 from flashvlm.prompt import Item, Text, Visual, arrange, coordinates, expand, layout, run_lengths, select_rows
-from flashvlm.tilings import AnyRes, GridTiles, LongestEdge, Single
+from flashvlm.tilings import AnyRes, Frames, GridTiles, LongestEdge, Single
 from flashvlm.visual import TextLayout, VisualSpec
 
 NORMAL: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -66,6 +66,9 @@ def test_a_budget_for_each_unit() -> None:
     assert valid.tolist() == [[False, True, True, True, True]] * 3  # no padding, and of each unit no CLS
     assert frames.select_size(14) == (5, 2)
     assert [frames.kept_of(15, 3, budget) for budget in (5, 14, 24, 25, "all")] == [3, 6, 12, 15, 15]
+    one = Frames(resize="exact", size=(14, 14), count=1, **NORMAL)
+    video = spec(one, (2, 2), 5, modality="video", newline="end", scope="unit")
+    assert video.select_size(5) == (4, 4)  # never more than a unit has
     whole = spec(TILES, (2, 2), 20)
     assert select_rows(whole, grid, arrange(whole, grid).valid).shape == (1, 20)
     assert whole.select_size(14) == (20, 14)

@@ -59,7 +59,7 @@ def run(
     revision: Annotated[str | None, typer.Option(help="Of a bundle on the Hub: branch, tag or commit.")] = None,
     show: Annotated[
         Path | None,
-        typer.Option(help="Write a picture of the kept patches, such as kept.png; of a second image, kept-2.png."),
+        typer.Option(help="Write a picture of the kept patches, such as kept.png; of a second input, kept-2.png."),
     ] = None,
     json_output: options.Json = False,
     stats: Annotated[bool, typer.Option("--stats", help="Add a table of tokens and milliseconds a stage.")] = False,
