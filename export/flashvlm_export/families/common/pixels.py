@@ -36,3 +36,11 @@ def square(size: Any, name: str) -> int:
     if found.get("height") is None or found.get("height") != found.get("width"):
         raise CheckpointError(f"preprocessor_config.json: {name} is {found}; expected a square of height and width")
     return int(found["height"])
+
+
+def longest_edge(size: Any, name: str) -> int:
+    """The edge in pixels of ``{"longest_edge": s}``. Raises CheckpointError."""
+    found = dict(size)
+    if found.get("longest_edge") is None:
+        raise CheckpointError(f"preprocessor_config.json: {name} is {found}; expected a longest_edge")
+    return int(found["longest_edge"])

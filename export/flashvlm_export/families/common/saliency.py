@@ -18,6 +18,12 @@ def of_cls(weights: Tensor) -> Tensor:
     return weights.mean(dim=1)[:, 0, 1:]
 
 
+def of_received(weights: Tensor) -> Tensor:
+    """Attention weights [B,H,T,T] of a block, or what ``receives`` made of them, [B,1,1,T] -> saliency [B,T]: what each
+    token receives, averaged over heads and queries."""
+    return weights.mean(dim=(1, 2))
+
+
 def receives(attention: nn.Module) -> None:
     """Makes one attention layer give what each token receives, [B,1,1,T], in the place of its weights."""
     layer: Any = attention
