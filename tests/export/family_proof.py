@@ -146,7 +146,7 @@ class FamilyProof:
 
     family: Family
     preset: str
-    budgets: ClassVar[tuple[int, ...]] = (5, 20)
+    budgets: ClassVar[tuple[int, ...]] = (7,)
     images: ClassVar[list[np.ndarray]] = [picture((31, 47), 1), picture((130, 61), 2)]
     options: ClassVar[VisualOptions] = VisualOptions()
     real_options: ClassVar[VisualOptions] = VisualOptions()  # at the sizes of a published model

@@ -14,8 +14,8 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import TextLayout, VisualSpec
-from flashvlm.preprocess import LongestEdge
+from flashvlm.tilings import LongestEdge
+from flashvlm.visual import TextLayout, VisualSpec
 from flashvlm_export.config_bounds import checked_config
 from flashvlm_export.families.common import names, pixels, saliency
 from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect

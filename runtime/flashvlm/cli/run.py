@@ -53,7 +53,10 @@ def run(
         ),
     ] = True,
     revision: Annotated[str | None, typer.Option(help="Of a bundle on the Hub: branch, tag or commit.")] = None,
-    show: Annotated[Path | None, typer.Option(help="Write a picture of the kept patches, such as kept.png.")] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(help="Write a picture of the kept patches, such as kept.png; of a second image, kept-2.png."),
+    ] = None,
     json_output: options.Json = False,
     stats: Annotated[bool, typer.Option("--stats", help="Add a table of tokens and milliseconds a stage.")] = False,
     backend: options.Backend = "auto",
@@ -67,7 +70,7 @@ def run(
 ) -> None:
     """Ask a bundle a question about an image."""
     from flashvlm.cli.answers import print_answer, print_stats, to_json
-    from flashvlm.cli.show import check_show, save_picture
+    from flashvlm.cli.show import check_show, save_pictures
 
     sources = image or []
     _check_stdin(sources, prompt)
@@ -111,7 +114,7 @@ def run(
     talk = pipeline.conversation(images or None, budget=keep, system=system)
     answer = print_answer(lambda: talk.stream(question, **sampling), silent=json_output)
     if show is not None:
-        save_picture(pipeline, images[0], question, answer, show)
+        save_pictures(pipeline, images, question, answer, show)
     if json_output:
         typer.echo(json.dumps({**to_json(answer), "backend": asdict(pipeline.backend)}))
     if stats:
