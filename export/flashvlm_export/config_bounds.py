@@ -32,6 +32,16 @@ INTEGERS: Ranges = {
     "image_token_index": (0, (1 << 22) - 1),
     "image_token_id": (0, (1 << 22) - 1),
     "video_token_id": (0, (1 << 22) - 1),
+    "video_token_index": (0, (1 << 22) - 1),
+    "depth": (1, 512),
+    "num_heads": (1, 1 << 10),
+    "out_hidden_size": (1, 1 << 16),
+    "in_channels": (1, 64),
+    "in_chans": (1, 64),
+    "spatial_merge_size": (1, 16),
+    "temporal_patch_size": (1, 64),
+    "tokens_per_second": (1, 1 << 16),
+    "window_size": (1, 4096),
 }
 REALS: Ranges = {
     "rms_norm_eps": (0.0, 1.0),

@@ -15,8 +15,8 @@ from transformers import AutoImageProcessor, LlavaNextProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from flashvlm.errors import CheckpointError, FlashVLMError
-from flashvlm.preprocess import AnyRes
-from flashvlm_export.families import llava_next
+from flashvlm.tilings import AnyRes
+from flashvlm_export.families import family_of, llava_next
 from flashvlm_export.families.contract import VisualOptions
 from flashvlm_export.plan import PlanOptions, plan
 from flashvlm_export.testing.presets.llava_next import TINY
@@ -87,12 +87,24 @@ def test_variants_are_refused_by_name(change: dict[str, Any], expected: str) -> 
         llava_next.read_config(TINY | change)
 
 
+@pytest.mark.parametrize("relative", llava_next.REFUSED)
+def test_relatives_are_refused(relative: str) -> None:
+    with pytest.raises(CheckpointError, match=f"model_type '{relative}' is not supported .*(videos|-hf conversion)"):
+        family_of({"model_type": relative})
+
+
 def test_a_mistral_that_names_no_window_has_one() -> None:
     """As in transformers: 4,096 tokens."""
     text = {key: value for key, value in TINY["text_config"].items() if key != "sliding_window"}
     llava_next.read_config(TINY | {"text_config": text})  # of no effect within 1,024 positions
     with pytest.raises(CheckpointError, match=r"text_config.sliding_window is 4096"):
         llava_next.read_config(TINY | {"text_config": text | {"max_position_embeddings": 32768}})
+
+
+def test_the_old_spelling_of_a_rope_is_read() -> None:
+    text = TINY["text_config"] | {"rope_theta": 5e6, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    rope = llava_next.read_config(TINY | {"text_config": text}).text_config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 2.0, 5e6)
 
 
 def test_fewer_tiles_leave_out_the_larger_canvases() -> None:

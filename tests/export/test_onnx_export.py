@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from flashvlm.bundle import Bundle
 from flashvlm_export.exporter import ExportOptions, export
 from flashvlm_export.graph import modules as graphs
+from flashvlm_export.graph import torch_export
 from flashvlm_export.graph.dialects import DIALECTS
 from flashvlm_export.selection import SelectionParams
 from flashvlm_export.testing import checkpoints
@@ -151,3 +153,16 @@ def test_two_exports_are_equal_byte_for_byte(
     assert {*first.files} - {*again.files} == {f"select-k{budget}.onnx" for budget in {4, 7} - {*budgets}}
     differ = {name for name, file in again.files.items() if file != first.files[name]}
     assert differ <= {"README.md"}  # which names the budgets
+
+
+def test_torch_reads_its_operators_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where this fails, torch has moved what is private to it, and exports take longer: see torch_export."""
+    owner, theirs, _ = torch_export._registry()
+    with torch_export._one_registry():
+        assert owner().from_torchlib(opset_version=24) is owner().from_torchlib(opset_version=24)
+        assert owner.from_torchlib(opset_version=20).opset_version == 20
+    assert owner.__dict__["from_torchlib"] is theirs
+    monkeypatch.setitem(sys.modules, owner.__module__, None)
+    monkeypatch.setattr(torch_export, "_registry", torch_export._registry.__wrapped__)
+    with torch_export._one_registry():
+        assert owner.__dict__["from_torchlib"] is theirs

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import toy_family
@@ -19,14 +21,16 @@ from test_toy_family import QUESTION, STEPS, Reference
 from clips import decoded, scene, write_clip
 from flashvlm import Pipeline
 from flashvlm.bundle import Bundle
+from flashvlm.cli.run import main as flashvlm_run
 from flashvlm.errors import FlashVLMError, PromptError, VideoError
 from flashvlm.images import load_image
 from flashvlm.preprocess import stack, tile
 from flashvlm.text.processor import TextProcessor
 from flashvlm_export.exporter import ExportOptions, export
 from flashvlm_export.selection import select
+from refusals import assert_refused, run
 
-BUDGETS = (7, 20)
+BUDGETS = (7,)
 IMAGE = picture((33, 31), 1)
 
 
@@ -98,7 +102,7 @@ def checkpoint(once: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def video_bundle(once: Any, checkpoint: Path) -> Callable[[Any], Path]:
-    """video_bundle(dialect): at both budgets."""
+    """video_bundle(dialect)."""
 
     def make(dialect: Any) -> Path:
         def write(out: Path) -> None:
@@ -269,6 +273,26 @@ def test_a_template_may_write_all_images_first(pipeline: Pipeline, monkeypatch: 
     assert found.token_ids == wanted.token_ids
     assert [len(one.kept) for one in found.selections] == [33, 16]
     assert [len(one.kept) for one in wanted.selections] == [16, 33]
+
+
+def test_the_command_takes_videos(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("av", reason="videos are read with PyAV")
+    PIL.Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    path = write_clip(tmp_path / "a.mp4", scene(12), fps=5)
+    wanted = pipeline.generate(IMAGE, QUESTION, video=path, budget=7, max_new_tokens=3)
+    bundle = pipeline.bundle.path
+    options = ["--image", tmp_path / "a.png", "--budget", 7, "--max-new-tokens", 3, "--prompt", QUESTION, "--json"]
+    ran = run(flashvlm_run, bundle, "--video", path, *options)
+    assert ran.code == 0, ran
+    found = json.loads(ran.stdout)
+    assert found["token_ids"] == [*wanted.token_ids]
+    (image,), (video,) = found["images"], found["videos"]
+    assert [image["kept"], video["kept"]] == [one.kept.tolist() for one in wanted.selections]
+    assert (video["frames"], video["fps"], video["tokens"]) == ([2, 6, 10], 5.0, 48)
+    ran = run(flashvlm_run, bundle, "--video", path, "--video", tmp_path / "a.png", "--prompt", QUESTION)
+    assert_refused(ran, "a.png: expected a video that can be decoded")
+    ran = run(flashvlm_run, bundle, "--image", "-", "--video", "-", "--prompt", "hi")
+    assert_refused(ran, "--image - and --video - both read stdin")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

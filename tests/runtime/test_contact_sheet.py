@@ -1,12 +1,17 @@
 """The picture of what was kept of a video: a sheet of its frames."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_picture import selection as of_image
 
 from flashvlm import contact_sheet
+from flashvlm.cli.show import _names, save_pictures
 from flashvlm.contact_sheet import GAP, HEIGHT, LABEL, WIDTH, draw_sheet, frame_labels
 from flashvlm.encoder import Selection
 from flashvlm.frames import Clip
@@ -15,6 +20,7 @@ from flashvlm.patches import TOP
 from flashvlm.preprocess import grid_of
 from flashvlm.prompt import arrange
 from flashvlm.tilings import Frames
+from flashvlm.videos import load_video
 from flashvlm.visual import VisualSpec
 
 RED = (200, 0, 0)
@@ -99,3 +105,20 @@ def test_frames_that_do_not_fit_are_refused() -> None:
     for count in (0, 2, 4):
         with pytest.raises(ValueError, match=f"expected 3 frames, found {count}"):
             draw_sheet([Image.new("RGB", SIZE)] * count, selection(3, [1]))
+
+
+def test_show_draws_images_and_videos(tmp_path: Path) -> None:
+    frames = np.zeros((3, 90, 160, 3), np.uint8)
+    image = Image.new("RGB", (40, 30))
+    selections = (of_image((40, 30), [1], [True], np.zeros(16)), selection(3, [1]))
+    answer: Any = SimpleNamespace(text="A.", selections=selections)
+    method = SimpleNamespace(method="flashvlm", score="log")
+    pipeline: Any = SimpleNamespace(bundle=SimpleNamespace(manifest=SimpleNamespace(selection=method)))
+    save_pictures(pipeline, [image, load_video(frames)], "Q?", answer, tmp_path / "kept.png")
+    widths = {path.name: Image.open(path).width for path in tmp_path.iterdir()}
+    assert widths == {"kept.png": 1240, "kept-2.png": WIDTH + 2 * MARGIN}
+
+
+def test_names_in_headings() -> None:
+    assert _names([False]) == _names([True]) == [""]
+    assert _names([False, False, True]) == ["Image 1 of 2", "Image 2 of 2", "Video"]

@@ -26,7 +26,6 @@ NAME = "llava"
 ALIASES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
 REFUSED = {
     "llava_onevision": "it cuts images into tiles",
-    "video_llava": "it has a second tower, for video",
     "vipllava": "it joins the features of several vision blocks",
 }
 

@@ -34,7 +34,12 @@ ALIASES = {
     "llava-1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
     "llava-1.6-34b": "llava-hf/llava-v1.6-34b-hf",
 }
-REFUSED = {"llava_next_video": "it pools the tokens of its videos"}
+_OWN_CODE = "its code is not transformers'; take the -hf conversion, such as llava-hf/llava-v1.6-mistral-7b-hf"
+REFUSED = {
+    "llava_next_video": "it pools the tokens of its videos",
+    "llava_llama": _OWN_CODE,
+    "llava_mistral": _OWN_CODE,
+}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -118,8 +123,8 @@ def read_config(config: dict[str, Any]) -> LlavaNextConfig:
     for pair in pinpoints:
         if not (isinstance(pair, list) and len(pair) == 2 and all(_is_edge(edge, side) for edge in pair)):
             raise CheckpointError(
-                f"config.json: image_grid_pinpoints has {brief(pair)}; expected [height, width] in multiples of the tower's "
-                f"{side} pixels"
+                f"config.json: image_grid_pinpoints has {brief(pair)}; expected [height, width] in multiples of "
+                f"the tower's {side} pixels"
             )
     return parsed
 

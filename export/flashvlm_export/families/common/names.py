@@ -13,7 +13,7 @@ LLAVA_RENAMES = (
     (r"^(multi_modal_projector\.|image_newline$)", r"model.\1"),
 )
 # Buffers that old transformers saved and new ones compute.
-COMPUTED = re.compile(r"(embeddings\.position_ids|rotary_emb\.inv_freq)$")
+COMPUTED = re.compile(r"(embeddings\.position_ids|rotary_(pos_)?emb\.inv_freq)$")
 
 
 def renamed(name: str, renames: Sequence[tuple[str, str]]) -> str | None:

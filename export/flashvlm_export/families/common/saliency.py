@@ -19,14 +19,16 @@ def of_cls(weights: Tensor) -> Tensor:
 
 
 def of_received(weights: Tensor) -> Tensor:
-    """Attention weights [B,H,T,T] of a block, or what ``receives`` made of them, [B,1,1,T] -> saliency [B,T]: what each
-    token receives, averaged over heads and queries."""
+    """Attention weights [B,H,T,T], or what ``receives`` gives of them [B,1,1,T] -> saliency [B,T]: what each token
+    receives, averaged over heads and queries."""
     return weights.mean(dim=(1, 2))
 
 
 def receives(attention: nn.Module) -> None:
     """Makes one attention layer give what each token receives, [B,1,1,T], in the place of its weights."""
     layer: Any = attention
+    if layer.config._attn_implementation.endswith(RECEIVED):
+        return  # the tower is traced for several sizes
     layer.config = copy.copy(layer.config)  # of this layer alone: the others share theirs
     layer.config._attn_implementation_internal += RECEIVED
 
