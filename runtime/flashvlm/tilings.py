@@ -195,11 +195,12 @@ class LongestEdge(_Tiled):
     @property
     def max_units(self) -> int:
         # An aspect of 1 has the most; its shorter edge is made even.
-        return math.ceil((self.edge + self.edge % 2) / self.side) ** 2 + 1
+        tiles = math.ceil((self.edge + self.edge % 2) / self.side) ** 2
+        return tiles + (tiles > 1)
 
     @property
     def may_have_thumbnail(self) -> bool:
-        return True
+        return self.max_units > 1
 
 
 Pixels = Annotated[Single | AnyRes | GridTiles | LongestEdge | Frames, Field(discriminator="tiling")]

@@ -119,6 +119,12 @@ def test_no_image_has_more_tiles_than_there_may_be(size: tuple[int, int], side: 
     assert grid_of(size, pixels).units <= pixels.max_units
 
 
+def test_the_longest_edge_of_one_tile_is_the_whole_image() -> None:
+    pixels = LongestEdge(side=SIDE, edge=SIDE, mean=MEAN, std=STD)
+    assert (pixels.max_units, pixels.may_have_thumbnail) == (1, False)
+    assert grid_of((40, 50), pixels).units == 1
+
+
 def test_modes_become_rgb() -> None:
     image = noise(40, 50, 4)
     np.testing.assert_array_equal(tile(image, CLIP)[0], tile(load_image(image), CLIP)[0])

@@ -39,6 +39,14 @@ def square(size: Any, name: str) -> int:
     return int(found["height"])
 
 
+def longest_edge(size: Any, name: str) -> int:
+    """The edge in pixels of ``{"longest_edge": s}``. Raises CheckpointError."""
+    found = dict(size)
+    if found.get("longest_edge") is None:
+        raise CheckpointError(f"preprocessor_config.json: {name} is {found}; expected a longest_edge")
+    return int(found["longest_edge"])
+
+
 def cropped(processor: Any, side: int) -> Single:
     """Resized by the shorter edge and cropped at the centre, to a tower of ``side`` pixels. Raises CheckpointError."""
     size, crop = dict(processor.size), dict(processor.crop_size)

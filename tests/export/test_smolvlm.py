@@ -1,0 +1,123 @@
+"""SmolVLM2 equals transformers: tiles with text between them, the whole image behind, patches joined by the square."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from family_proof import FamilyProof, Reference, published, without_video
+from test_parity import picture
+from torch import Tensor
+from transformers import SmolVLMProcessor
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from flashvlm.errors import CheckpointError, FlashVLMError
+from flashvlm_export.families import smolvlm
+from flashvlm_export.families.contract import VisualOptions
+from flashvlm_export.testing.presets.smolvlm import TINY, image_processor
+
+SIDE, FACTOR = 25, 5  # patches along an edge of a tile, and of a visual token
+
+
+class TestSmolVLM(FamilyProof):
+    family = smolvlm
+    preset = "tiny-smolvlm"
+    # Two tiles side by side; two by two; two above each other.
+    images: ClassVar[list[np.ndarray]] = [picture((60, 130), 1), picture((99, 101), 2), picture((150, 40), 3)]
+
+    def processor(self, image_processor: Any, tokenizer: Any) -> Any:
+        with patch.object(processing_smolvlm, "num2words", str):  # it spells the frames of a video
+            return without_video(SmolVLMProcessor, image_processor, tokenizer, None, image_seq_len=25)
+
+    def signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
+        units = reference.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        tower = reference.model.model.vision_model(units, output_attentions=True)
+        features, saliency = [], []
+        for patches, weights in zip(tower.last_hidden_state, tower.attentions[-1], strict=True):
+            received = weights.mean(dim=(0, 1))
+            for row in range(0, SIDE, FACTOR):
+                for column in range(0, SIDE, FACTOR):
+                    of = [SIDE * (row + y) + column + x for y in range(FACTOR) for x in range(FACTOR)]
+                    features.append(patches[of].mean(0))
+                    saliency.append(received[of].mean())
+        return torch.stack(features), torch.stack(saliency)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"vision_config": TINY["vision_config"] | {"model_type": "idefics3_vision"}}, "supports smolvlm_vision"),
+        ({"vision_config": TINY["vision_config"] | {"num_channels": 1}}, "num_channels is 1; family smolvlm"),
+        ({"vision_config": TINY["vision_config"] | {"image_size": 78}}, "26 patches of 3; expected a multiple of sc"),
+        ({"vision_config": TINY["vision_config"] | {"image_size": [76, 76]}}, "expected whole numbers"),
+        ({"vision_config": TINY["vision_config"] | {"patch_size": 77}}, "has 0 patches of 77"),
+        ({"scale_factor": 0}, "scale_factor is 0; expected 1 to 64"),
+        ({"scale_factor": "5"}, "scale_factor is '5'; expected a whole number"),
+        ({"image_token_id": 9999}, "image_token_id is 9999; expected one of the 560 tokens"),
+        ({"text_config": TINY["text_config"] | {"model_type": "gpt_oss"}}, "text_config.model_type is 'gpt_oss'"),
+        ({"text_config": TINY["text_config"] | {"use_resampler": True}}, "use_resampler is True"),
+        ({"text_config": TINY["text_config"] | {"qk_layer_norms": True}}, "qk_layer_norms is True"),
+        ({"text_config": TINY["text_config"] | {"rope_interleaved": True}}, "rope_interleaved is True"),
+        ({"text_config": TINY["text_config"] | {"sliding_window": 8}}, "sliding_window is 8"),
+        ({"quantization_config": {}}, "the checkpoint is quantized"),
+    ],
+)
+def test_variants_are_refused_by_name(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(CheckpointError, match=expected):
+        smolvlm.read_config(TINY | change)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"do_image_splitting": False}, "do_image_splitting is off"),
+        ({"max_image_size": {"longest_edge": 64}}, "max_image_size is 64; the vision tower takes 76 x 76"),
+        ({"size": {"height": 76, "width": 76}}, "expected a longest_edge"),
+    ],
+)
+def test_other_image_processors_are_refused(setting: dict[str, Any], expected: str) -> None:
+    settings = {"size": {"longest_edge": 152}, "max_image_size": {"longest_edge": 76}} | setting
+    processor = SmolVLMImageProcessorPil(**settings)
+    with pytest.raises(CheckpointError, match=expected):
+        smolvlm.visual_specs(smolvlm.read_config(TINY), processor, VisualOptions())
+
+
+def test_the_most_tiles_are_those_of_a_square() -> None:
+    config, processor = smolvlm.read_config(TINY), image_processor(76, 152)
+    found = {
+        tiles: smolvlm.visual_specs(config, processor, VisualOptions(max_tiles=tiles))[0] for tiles in (None, 1, 4, 9)
+    }
+    assert [spec.candidates for spec in found.values()] == [25 * units for units in (5, 1, 5, 10)]
+    for tiles, spec in found.items():
+        (tower,) = smolvlm.tower_specs(config, VisualOptions(max_tiles=tiles or 4))
+        assert (tower.candidates, tower.units) == (spec.candidates, spec.pixels.max_units)
+    with pytest.raises(FlashVLMError, match="expected a square, such as 4 or 9"):
+        smolvlm.visual_specs(config, processor, VisualOptions(max_tiles=5))
+
+
+def test_positions_are_those_of_transformers() -> None:
+    """Not the numbers of the patches at every size, and those at the sizes that are published."""
+    places = smolvlm.places(smolvlm.read_config(TINY).vision_config).tolist()
+    assert len(places) == SIDE**2
+    assert places[21:25] == [21, 22, 22, 24]
+    for config in smolvlm.CONFIGS.values():
+        parsed = smolvlm.read_config(config)
+        side = parsed.vision_config.image_size // parsed.vision_config.patch_size
+        assert smolvlm.places(parsed.vision_config).tolist() == [*range(side * side)]
+
+
+@pytest.mark.parametrize("folder", ["HuggingFaceTB__SmolVLM2-500M-Video-Instruct__partial"])
+def test_published_files(folder: str) -> None:
+    path = published(folder)
+    config = smolvlm.read_config(json.loads((path / "config.json").read_text()))
+    ours = smolvlm.read_config(smolvlm.CONFIGS["smolvlm2-500m"])
+    assert smolvlm.language_spec(config) == smolvlm.language_spec(ours)
+    assert smolvlm.tower_specs(config, VisualOptions()) == smolvlm.tower_specs(ours, VisualOptions())
+    processor = SmolVLMImageProcessorPil(**json.loads((path / "preprocessor_config.json").read_text()))
+    (spec,) = smolvlm.visual_specs(config, processor, VisualOptions())
+    assert (spec.candidates, spec.tokens_per_unit, spec.placeholder_id) == (17 * 64, 64, 49190)
