@@ -32,6 +32,7 @@ INTEGERS: Ranges = {
     "image_token_index": (0, (1 << 22) - 1),
     "image_token_id": (0, (1 << 22) - 1),
     "video_token_id": (0, (1 << 22) - 1),
+    "video_token_index": (0, (1 << 22) - 1),
     "depth": (1, 512),
     "num_heads": (1, 1 << 10),
     "num_position_embeddings": (1, 1 << 20),

@@ -27,6 +27,7 @@ from flashvlm_export.graph.trace import TracedGraph, fake_weights, trace
 from flashvlm_export.opening import OpenModel, check_unused, match_tensors, open_model
 from flashvlm_export.options import ExportOptions as ExportOptions
 from flashvlm_export.output import check_place, check_space
+from flashvlm_export.selection import METHODS
 from flashvlm_export.weights import stream
 from flashvlm_export.weights.layout import Layout, Place, attach, files_of
 from flashvlm_export.weights.recipes import plain
@@ -108,9 +109,12 @@ def _graphs(model: OpenModel, source: Mapping[str, StoredTensor], options: Expor
     )
     modules = {DECODER: decoder}
     for spec in model.visual:
-        modules[spec.graph] = vision = model.family.vision(model.module, spec)
+        vision = model.family.vision(model.module, spec)
+        if not METHODS[options.method].reads_saliency(options.params):
+            vision = graphs.WithoutSaliency(vision)
+        modules[spec.graph] = vision
         for budget in options.budgets:
-            select = graphs.Select(options.method, budget, options.params)
+            select = graphs.Select(options.method, spec.select_size(budget)[1], options.params)
             modules[select_graph(spec.graph, budget)] = select
             keep = model.selection.positions == "keep"
             modules[prefill_graph(spec.graph, budget)] = graphs.Prefill(vision, select, decoder, keep)

@@ -3,7 +3,7 @@ before any work."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,7 +14,8 @@ from torch import nn
 from flashvlm.budget import ALL
 from flashvlm.errors import CheckpointError, FlashVLMError, SelectionError
 from flashvlm.graph_io import FloatType
-from flashvlm.manifest import Dtypes, ModelSpec, SelectionSpec, VisualSpec, fits_fused
+from flashvlm.manifest import Dtypes, ModelSpec, SelectionSpec, fits_fused
+from flashvlm.visual import VisualSpec, unshared
 from flashvlm_export.checkpoint import Checkpoint, StoredTensor, describes_a_model, open_checkpoint
 from flashvlm_export.dtypes import DTYPES
 from flashvlm_export.families import family_of
@@ -64,7 +65,8 @@ def open_model(options: ExportOptions) -> OpenModel:
         eos = stop_tokens(checkpoint, processor.tokenizer, family.language_section(checkpoint.config))
         spec = _model_spec(options, family.language_spec(config), dtypes, eos)
     with describes_a_model(checkpoint.folder / "preprocessor_config.json"):
-        visual = tuple(family.visual_specs(config, processor.image, options.visual))
+        plain = family.visual_specs(config, processor.image, options.visual)
+    visual = _scoped(plain, options.visual.scope)
     selection = _selection(options, spec, visual)
     files, text_tokens = read_by_the_runtime(processor, checkpoint.folder, spec.vocab_size, visual)
     _check_capacity(selection.budgets, spec, visual, text_tokens)
@@ -99,9 +101,26 @@ def _model_spec(options: ExportOptions, language: LanguageSpec, dtypes: Dtypes, 
     )
 
 
+def _scoped(visual: Sequence[VisualSpec], scope: Collection[Literal["tile", "frame"]]) -> tuple[VisualSpec, ...]:
+    """The specs with the scope of a budget that was asked for; one of each word has to be there."""
+    units: dict[str, Literal["tile", "frame"]] = {"image": "tile", "video": "frame"}
+    for word in scope:
+        fits = [spec for spec in visual if units[spec.modality] == word and spec.tiled]
+        if not fits or any(spec.order == "anyres" for spec in fits):
+            found = "rows over all tiles" if fits else "none"
+            raise FlashVLMError(f"--budget-scope {word}: expected {word}s in turn, found {found}; leave it out")
+    return tuple(
+        VisualSpec.model_validate({**spec.model_dump(), "scope": "unit"}) if units[spec.modality] in scope else spec
+        for spec in visual
+    )
+
+
 def _selection(options: ExportOptions, model: ModelSpec, visual: Sequence[VisualSpec]) -> SelectionSpec:
     counts = {spec.candidates for spec in visual}
     check_budgets(options.budgets, max(counts))
+    for spec in visual:
+        if (problem := unshared(spec, options.budgets)) is not None:
+            raise SelectionError(f"--budget: {problem}; ask for more, or use --budget-scope {spec.modality}")
     if METHODS[options.method].keeps_all and options.budgets and {*options.budgets} != counts:
         raise SelectionError(f"--method {options.method} keeps every token; use --budget all, not {options.budgets[0]}")
     positions: Literal["renumber", "keep"] = options.positions or ("renumber" if model.position_axes == 1 else "keep")

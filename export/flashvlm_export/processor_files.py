@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 from flashvlm.errors import CheckpointError, FlashVLMError, no_panic, one_line
 from flashvlm.files import parse_json
-from flashvlm.manifest import PROCESSOR_FILES, VisualSpec
+from flashvlm.frames import Clip
+from flashvlm.manifest import PROCESSOR_FILES
 from flashvlm.preprocess import grid_of
 from flashvlm.prompt import expand
 from flashvlm.text.processor import RUN, TextProcessor
+from flashvlm.visual import VisualSpec
 from flashvlm_export.checkpoint import Checkpoint, read_file, read_json
 
 # Those that may name classes or code, and those that hold data alone.
@@ -82,7 +84,7 @@ def read_by_the_runtime(
 
     The runtime's own reader tries them, as what it cannot read would be found out only on the device.
     """
-    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    text = {"type": "text", "text": "?"}
     with tempfile.TemporaryDirectory() as folder:
         try:
             processor.tokenizer.chat_template = processor.template
@@ -90,8 +92,11 @@ def read_by_the_runtime(
             reader = TextProcessor.from_folder(folder, rows)
             lengths = []
             for spec in visual:
-                shown = expand(spec, grid_of((1, 1), spec.pixels))
-                prompt = reader.encode(question, {spec.modality: spec.placeholder_id}, [shown])
+                question = [{"role": "user", "content": [{"type": spec.modality}, text]}]
+                shortest = Clip((0,), 1, 1.0, spec.pixels.repeat_time) if spec.modality == "video" else None
+                shown = expand(spec, grid_of((1, 1), spec.pixels, shortest))
+                markers: dict[str, str] = {} if spec.marker is None else {spec.modality: spec.marker}
+                prompt = reader.encode(question, {spec.modality: spec.placeholder_id}, [shown], markers)
                 lengths.append(len(prompt.input_ids) - shown.count(RUN))
             files = {name: Path(folder, name).read_bytes() for name in PROCESSOR_FILES}
         except Exception as error:  # the refusals of the reader, and what transformers and tokenizers raise

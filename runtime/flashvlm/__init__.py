@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flashvlm.errors import FlashVLMError
     from flashvlm.pipeline import Pipeline
     from flashvlm.sampling import SamplingParams
+    from flashvlm.videos import Video, load_video
 
 __version__ = "0.1.0"
 _PLACES = {
@@ -21,6 +22,8 @@ _PLACES = {
     "Pipeline": "pipeline",
     "SamplingParams": "sampling",
     "Stream": "answers",
+    "Video": "videos",
+    "load_video": "videos",
 }
 __all__ = [
     "Answer",
@@ -30,7 +33,9 @@ __all__ = [
     "Pipeline",
     "SamplingParams",
     "Stream",
+    "Video",
     "__version__",
+    "load_video",
 ]
 
 

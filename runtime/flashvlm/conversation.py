@@ -1,14 +1,12 @@
-"""A conversation about images: what was said, and what can be kept from one question to the next."""
+"""A conversation about images and videos: what was said, and what can be kept from one question to the next."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import PIL.Image
-
 from flashvlm.answers import Answer, Stream
 from flashvlm.budget import Budget
-from flashvlm.encoder import Encoded, Kept, question, request
+from flashvlm.encoder import Encoded, Kept, Visible, question, request
 from flashvlm.generation import Held, Row, Timings, capacity_for, check_capacity
 from flashvlm.messages import Message, TextPart, normalise
 from flashvlm.sampling import SamplingParams
@@ -21,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """Questions and answers about the same images. A question that is refused leaves it as it was."""
+    """Questions and answers about the same images and videos. A question that is refused leaves it as it was."""
 
     def __init__(
         self,
         pipeline: Pipeline,
-        images: tuple[PIL.Image.Image, ...],
+        visuals: tuple[Visible, ...],
         budget: Budget | None,
         reselect: bool,
         system: str | None,
     ) -> None:
-        self._pipeline, self._images, self._budget, self._reselect = pipeline, images, budget, reselect
+        self._pipeline, self._visuals, self._budget, self._reselect = pipeline, visuals, budget, reselect
         self._messages = list(normalise([{"role": "system", "content": system}])) if system else []
         # Tokens to keep of each image, which images, and what was kept.
         self._kept: tuple[tuple[int | None, tuple[tuple[str, str], ...]], tuple[Kept, ...]] | None = None
@@ -63,8 +61,8 @@ class Conversation:
         params = SamplingParams.from_options(options)
         if self._open is not None:
             self._open.close()
-        first = not any(message.images for message in self._messages)
-        messages = [*self._messages, question(prompt, self._images if first else ())]
+        first = not any(message.visuals for message in self._messages)
+        messages = [*self._messages, question(prompt, self._visuals if first else ())]
         budget = self._budget if budget is None else budget
         timings = Timings()
         held = None
@@ -82,7 +80,7 @@ class Conversation:
         return self._open
 
     def _with_first_selection(self, messages: list[Message], budget: Budget | None, timings: Timings) -> Encoded:
-        """The prompt of all messages, with the images' tokens that the first question at this budget selected."""
+        """The prompt of all messages, with the visual tokens that the first question at this budget selected."""
         encoder, keep = self._pipeline.encoder, self._pipeline.keep(budget)
         (prompt,) = encoder.read([request(messages)], timings)
         of = keep, tuple(sight.key for sight in prompt.sights)

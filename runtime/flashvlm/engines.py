@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flashvlm.bundle import ENGINES, Bundle
 from flashvlm.errors import BundleError, FlashVLMError
 from flashvlm.extras import install
+from flashvlm.fields import GraphName, Sha256
 from flashvlm.files import read_json
 from flashvlm.graph_io import is_fused
-from flashvlm.manifest import GraphName, Sha256
 
 ENGINE_MANIFEST = "engine.json"
 MAX_MANIFEST = 1 << 20  # bytes
@@ -31,6 +31,7 @@ MODULES: dict[Target, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_
 TITLES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 MAX_BATCH = 1024
+DEFAULT_SEQ, TEXT_ROOM = 4096, 1024
 Capability = Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")]
 EngineFile = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}\.engine$")]
 
@@ -244,6 +245,15 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
+def default_max_seq(bundle: Bundle) -> int:
+    """KV slots of engines that name none: an image with all its tokens and a thousand of text fit, and at least 4096.
+
+    Not every position of the model: the cache of a 7B model's 128,000 takes 7 GB, which no small board has.
+    """
+    image = -(-(bundle.manifest.candidates + TEXT_ROOM) // TEXT_ROOM) * TEXT_ROOM
+    return min(bundle.manifest.model.max_seq, max(DEFAULT_SEQ, image))
+
+
 def build_command(bundle: Bundle, target: Target, capability: str, flags: BuildFlags | None = None, **more: int) -> str:
     """The command line that builds engines for a GPU, with the options ``flags`` records and those of ``more``."""
     words = ["flashvlm-compile", str(bundle.path), "--target", target]
@@ -251,7 +261,7 @@ def build_command(bundle: Bundle, target: Target, capability: str, flags: BuildF
         words += ["--compute-capability", capability]
     if flags is not None:
         sizes = {"max_seq": flags.max_seq, "max_batch": flags.max_batch, "max_query": flags.max_query} | more
-        defaults = {"max_seq": bundle.manifest.model.max_seq, "max_batch": 1, "max_query": min(512, flags.max_seq)}
+        defaults = {"max_seq": default_max_seq(bundle), "max_batch": 1, "max_query": min(512, flags.max_seq)}
         for name, size in sizes.items():
             if size != defaults[name]:
                 words += [f"--{name.replace('_', '-')}", str(size)]

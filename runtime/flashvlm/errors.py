@@ -63,6 +63,10 @@ class ImageError(FlashVLMError):
     """An image cannot be read or has a size that cannot be processed."""
 
 
+class VideoError(FlashVLMError):
+    """A video cannot be read, or has too few frames."""
+
+
 class PromptError(FlashVLMError):
     """A prompt is empty, too long or does not match its images."""
 

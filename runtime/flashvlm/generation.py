@@ -75,11 +75,13 @@ class Held:
         return int(differ[0]) if len(differ) else length
 
 
-def check_length(tokens: int, limits: Limits) -> None:
-    """Raises PromptError for a prompt of more tokens than the cache has slots."""
+def check_length(tokens: int, limits: Limits, visuals: int = 1, visual_tokens: int = 0) -> None:
+    """Raises PromptError for a prompt of more tokens than the cache has slots; ``visual_tokens`` of ``tokens`` are of
+    its ``visuals``."""
     if tokens > limits.max_seq:
+        what = f"the {visual_tokens} of {visuals} images or videos" if visuals > 1 else "its image"
         raise PromptError(
-            f"the prompt is {tokens} tokens long with its image; {limits.holder} {limits.max_seq}: "
+            f"the prompt is {tokens} tokens long with {what}; {limits.holder} {limits.max_seq}: "
             f"shorten it, use a smaller budget, or {limits.larger(max_seq=tokens)}"
         )
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from flashvlm.manifest import ModelSpec, VisualSpec
+    from flashvlm.manifest import ModelSpec
+    from flashvlm.visual import VisualSpec
 
 FloatType = Literal["float32", "float16", "bfloat16"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
@@ -90,23 +91,27 @@ def vision_io(model: ModelSpec, visual: VisualSpec) -> GraphIO:
 
 def select_io(model: ModelSpec, visual: VisualSpec, budget: int) -> GraphIO:
     """What vision gives, valid [B,N] and the question -> visual_embeds [B,K,D], kept [B,K], is_top [B,K],
-    scores [B,N], and what is kept of each stream [B,K,Ds]."""
-    n, dtype = visual.candidates, model.dtypes.activations
+    scores [B,N], and what is kept of each stream [B,K,Ds].
+
+    Of scope unit, B are the U units of one item, N the tokens of a unit and K what is kept of each.
+    """
+    (n, kept), dtype = visual.select_size(budget), model.dtypes.activations
+    batch: Symbol = "units" if visual.scope == "unit" else "batch"
     return GraphIO(
         (
-            _spec("image_tokens", dtype, "batch", n, model.hidden_size),
-            _spec("features", dtype, "batch", n, visual.feature_size),
-            _spec("saliency", "float32", "batch", n),
-            _spec("valid", "bool", "batch", n),
-            *_question(model),
-            *_streams(model, lambda name: name, "batch", n),
+            _spec("image_tokens", dtype, batch, n, model.hidden_size),
+            _spec("features", dtype, batch, n, visual.feature_size),
+            _spec("saliency", "float32", batch, n),
+            _spec("valid", "bool", batch, n),
+            *_question(model, batch),
+            *_streams(model, lambda name: name, batch, n),
         ),
         (
-            _spec("visual_embeds", dtype, "batch", budget, model.hidden_size),
-            _spec("kept", "int64", "batch", budget),
-            _spec("is_top", "bool", "batch", budget),
-            _spec("scores", "float32", "batch", n),
-            *_streams(model, visual_stream, "batch", budget),
+            _spec("visual_embeds", dtype, batch, kept, model.hidden_size),
+            _spec("kept", "int64", batch, kept),
+            _spec("is_top", "bool", batch, kept),
+            _spec("scores", "float32", batch, n),
+            *_streams(model, visual_stream, batch, kept),
         ),
     )
 
@@ -174,10 +179,10 @@ def _batch(visual: VisualSpec) -> int | Symbol:
     return 1 if visual.tiled else "batch"
 
 
-def _question(model: ModelSpec) -> tuple[TensorSpec, ...]:
+def _question(model: ModelSpec, batch: Symbol = "batch") -> tuple[TensorSpec, ...]:
     return (
-        _spec("query_embeds", model.dtypes.activations, "batch", "query", model.hidden_size),
-        _spec("query_mask", "bool", "batch", "query"),
+        _spec("query_embeds", model.dtypes.activations, batch, "query", model.hidden_size),
+        _spec("query_mask", "bool", batch, "query"),
     )
 
 

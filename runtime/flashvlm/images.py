@@ -188,7 +188,7 @@ def _kind(file: BinaryIO) -> str:
 
 def _decode(image: PIL.Image.Image, name: str, ours: bool = False) -> PIL.Image.Image:
     """``ours``: nobody else has the image, so that it need not be copied; a large one has 700 MB."""
-    _check_size(image.size, name)
+    check_size(image.size, name)
     try:
         if ours:
             PIL.ImageOps.exif_transpose(image, in_place=True)
@@ -207,7 +207,7 @@ def _decode(image: PIL.Image.Image, name: str, ours: bool = False) -> PIL.Image.
         ) from None
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
+def check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"{name}: expected at least 1 x 1 pixels, found {width} x {height}")
@@ -267,7 +267,7 @@ def _from_array(array: np.ndarray) -> PIL.Image.Image:
         raise ImageError(f"array: expected H x W or H x W x 1, 3 or 4, found {found}; put channels last")
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         raise ImageError(f"array: expected uint8 or float in [0, 1], found {array.dtype}; convert it first")
-    _check_size((array.shape[1], array.shape[0]), "array")
+    check_size((array.shape[1], array.shape[0]), "array")
     if array.dtype != np.uint8:
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):  # also refuses NaN

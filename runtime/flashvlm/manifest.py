@@ -6,16 +6,29 @@ graphs have exactly the inputs and outputs of ``graph_io``.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from flashvlm import graph_io
+from flashvlm.fields import (
+    MAX_KV_VALUES,
+    FileName,
+    GraphName,
+    Heads,
+    Layers,
+    Record,
+    Sha256,
+    Slots,
+    StreamName,
+    TokenId,
+    Tokens,
+    Vocabulary,
+    Width,
+)
 from flashvlm.graph_io import DECODER, DialectName, FloatType, GraphIO, TensorSpec
-from flashvlm.preprocess import AnyRes, Pixels
+from flashvlm.visual import VisualSpec, unshared
 
 SCHEMA_VERSION = 2
 EMBEDDINGS = "embed_tokens.safetensors"
@@ -23,66 +36,19 @@ PROCESSOR = "processor"
 PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # what the runtime reads of it
 
 
-def _named(pattern: str, what: str) -> AfterValidator:
-    """A text that becomes a name in the file system: of this pattern, or refused as no ``what``."""
-
-    def check(name: str) -> str:
-        if not re.fullmatch(pattern, name, re.ASCII):
-            raise ValueError(f"{name!r} is not {what}")
-        return name
-
-    return AfterValidator(check)
-
-
-# Never absolute, never hidden, never upwards.
-FileName = Annotated[
-    str,
-    _named(
-        r"(\w[\w.-]{0,99}/)?\w[\w.-]{0,99}",
-        "the name of a file in the bundle (letters, digits, '.', '_', '-'; at most in one folder)",
-    ),
-]
-_SIZE = r"(-[a-z0-9]{1,16}){0,2}"
-VisionName = Annotated[str, _named(rf"vision{_SIZE}", "a vision graph: vision, vision-448x672")]
-GraphName = Annotated[
-    str,
-    _named(
-        rf"vision{_SIZE}|decoder|(select|prefill){_SIZE}-k[1-9][0-9]{{0,6}}",
-        "a graph: vision, vision-448x672, decoder, select-k64, select-448x672-k64, prefill-k64",
-    ),
-]
-StreamName = Annotated[str, _named(r"[a-z][a-z_]{0,31}", "a stream")]
-Pattern = Annotated[str, Field(max_length=256)]
-# Beyond every model there is, and small enough that no product of two allocates without end.
-Tokens = Annotated[int, Field(gt=0, le=1 << 16)]
-Width = Annotated[int, Field(gt=0, le=1 << 16)]
-Layers = Annotated[int, Field(gt=0, le=1 << 10)]
-Heads = Annotated[int, Field(gt=0, le=1 << 12)]
-Vocabulary = Annotated[int, Field(gt=0, le=1 << 22)]
-Slots = Annotated[int, Field(gt=0, le=1 << 24)]
-TokenId = Annotated[int, Field(ge=0, lt=1 << 22)]
-MAX_PIXEL_VALUES = 1 << 27  # of all tiles of an image, float32: 537 MB
-MAX_KV_VALUES = 1 << 24  # of a cache slot, keys and values of all layers: models have 10^4 to 10^6
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class GraphSpec(_Record):
+class GraphSpec(Record):
     file: FileName
     data: tuple[FileName, ...] = ()
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
-class FileSpec(_Record):
+class FileSpec(Record):
     size: int = Field(ge=0, lt=1 << 50)
     sha256: Sha256
 
 
-class Dtypes(_Record):
+class Dtypes(Record):
     """activations: of every tensor between graphs and in the cache; weights: as stored; embeddings: of the table."""
 
     activations: FloatType
@@ -90,7 +56,7 @@ class Dtypes(_Record):
     embeddings: FloatType
 
 
-class ModelSpec(_Record):
+class ModelSpec(Record):
     """What the runtime needs to know of the language model; sizes in tokens, heads and channels.
 
     position_axes   1, or 3 for time, height and width
@@ -121,88 +87,7 @@ class ModelSpec(_Record):
         return self
 
 
-class TextLayout(_Record):
-    """What stands around an item's visual tokens, each run of them a ``{v}``.
-
-    whole    of an item in one piece, or of any item where ``tile`` is None
-    tile     of a tile, in row ``{r}`` and column ``{c}`` from 1; row_end: after each row; last: of the thumbnail
-    """
-
-    whole: Pattern = "{v}"
-    tile: Pattern | None = None
-    row_end: Pattern = ""
-    last: Pattern = ""
-
-    @model_validator(mode="after")
-    def _check(self) -> TextLayout:
-        if self.whole.count("{v}") != 1 or self.row_end.count("{v}") or self.last.count("{v}") > 1:
-            raise ValueError("expected one {v} for the visual tokens of each unit")
-        if self.tile is not None and self.tile.count("{v}") != 1:
-            raise ValueError("expected one {v} for the visual tokens of a tile")
-        return self
-
-
-class VisualSpec(_Record):
-    """How one kind of image, at one size, becomes visual tokens.
-
-    graph            of vision; its selection graphs are named after it
-    placeholder_id   the token that stands for it in a prompt
-    tokens_per_unit  of a tile or frame, ``grid`` rows by columns (the CLS token that ``skip`` names is beside them)
-    candidates       tokens at most, in reading order
-    order            of the candidates: raster, tile after tile; or anyres: the thumbnail, then rows over all tiles
-                     without their padding, each with a newline
-    positions        sequential; or mrope: time, height and width, time in steps of ``time_scale``
-    skip             cls: the first token of each unit is never selected, and kept in "all"
-    """
-
-    modality: Literal["image"] = "image"
-    graph: VisionName
-    placeholder_id: TokenId
-    tokens_per_unit: Tokens
-    grid: tuple[Tokens, Tokens]
-    candidates: Tokens
-    feature_size: Width
-    pixels: Pixels
-    order: Literal["raster", "anyres"] = "raster"
-    text: TextLayout = TextLayout()
-    positions: Literal["sequential", "mrope"] = "sequential"
-    time_scale: int = Field(default=1, ge=1, le=1 << 16)
-    skip: Literal["none", "cls"] = "none"
-
-    @property
-    def tiled(self) -> bool:
-        """Whether an item has several units, and its graph an ``order``."""
-        return self.pixels.tiling != "single"
-
-    @model_validator(mode="after")
-    def _check(self) -> VisualSpec:
-        cells = math.prod(self.grid) + (self.skip == "cls")
-        if cells != self.tokens_per_unit:
-            raise ValueError(f"expected a grid of {self.tokens_per_unit} tokens, found {self.grid}")
-        if (self.order == "anyres") != isinstance(self.pixels, AnyRes):
-            raise ValueError(f"order {self.order} does not go with the tiling {self.pixels.tiling}")
-        if self.candidates != (most := self._most()):
-            raise ValueError(f"expected {most} candidates of these tiles, found {self.candidates}")
-        if self.text.tile is not None:
-            if self.order == "anyres":
-                raise ValueError("text between tiles does not go with rows over all tiles")
-            if self.pixels.may_have_thumbnail and self.text.last.count("{v}") != 1:  # without one it is not read
-                raise ValueError("expected one {v} in the text of the thumbnail")
-        if (numbers := self.pixels.max_units * math.prod(self.pixels.unit_shape)) > MAX_PIXEL_VALUES:
-            raise ValueError(f"expected at most {MAX_PIXEL_VALUES:,} pixel values of an image, found {numbers:,}")
-        return self
-
-    def _most(self) -> int:
-        """The candidates of the largest item there can be."""
-        if not isinstance(self.pixels, AnyRes):
-            return self.pixels.max_units * self.tokens_per_unit
-        rows, columns = self.grid
-        side = self.pixels.side
-        lines = max(h // side * rows * (w // side * columns + 1) for h, w in self.pixels.pinpoints)
-        return self.tokens_per_unit + lines
-
-
-class SelectionSpec(_Record):
+class SelectionSpec(Record):
     """score: what ``scores`` are: logarithms, cosines less the best one's, or None (zeros). default: the budget of a
     question that names none."""
 
@@ -215,7 +100,7 @@ class SelectionSpec(_Record):
     params: dict[str, float | int | str]
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """source, revision, license: where the weights are from, and under which terms."""
 
     schema_version: int = SCHEMA_VERSION
@@ -245,31 +130,46 @@ class Manifest(_Record):
             raise ValueError("the fused layout takes one image without tiles, and a cache written in place")
         if len({visual.graph for visual in self.visual}) != len(self.visual):
             raise ValueError("expected different vision graphs, found one twice")
-        if len({(visual.modality, visual.placeholder_id) for visual in self.visual}) > len(self.placeholders):
-            raise ValueError("expected one placeholder_id for a modality, found several")
+        if len({(each.modality, each.placeholder_id, each.marker) for each in self.visual}) > len(self.placeholders):
+            raise ValueError("expected one placeholder_id and marker for a modality, found several")
         for visual in self.visual:
             if visual.placeholder_id >= self.model.vocab_size:
                 table = f"the table of {self.model.vocab_size} rows"
                 raise ValueError(f"token id {visual.placeholder_id} is beyond {table}")
             if visual.positions == "mrope" and self.model.position_axes != 3:
                 raise ValueError("positions mrope need 3 position_axes")
+            if (problem := unshared(visual, budgets)) is not None:
+                raise ValueError(problem)
         self._check_files()
         self._check_graphs()
         return self
 
     @property
     def placeholders(self) -> dict[str, int]:
-        """The token that stands for an image or video in a prompt, by modality."""
+        """The token that stands for a run of visual tokens in a prompt, by modality."""
         return {visual.modality: visual.placeholder_id for visual in self.visual}
 
     @property
+    def markers(self) -> dict[str, str]:
+        """What the chat template writes for an item, by modality, where it is not the placeholder."""
+        return {visual.modality: visual.marker for visual in self.visual if visual.marker is not None}
+
+    def of(self, modality: str) -> list[VisualSpec]:
+        """The sizes that images, or videos, may have."""
+        return [visual for visual in self.visual if visual.modality == modality]
+
+    @property
     def candidates(self) -> int:
-        """Visual tokens of the largest image."""
+        """Visual tokens of the largest item."""
         return max(visual.candidates for visual in self.visual)
 
     def max_units(self, graph: str) -> int:
-        """Tiles or frames that a vision graph takes at most; 1 for any other graph."""
-        return max((visual.pixels.max_units for visual in self.visual if visual.graph == graph), default=1)
+        """Tiles or frames that a vision or selection graph takes at most; 1 for any other graph."""
+        for visual in self.visual:
+            selects = (graph_io.select_graph(visual.graph, budget) for budget in self.selection.budgets)
+            if graph in (visual.graph, *selects):
+                return visual.pixels.max_units
+        return 1
 
     def _check_files(self) -> None:
         needed = [(EMBEDDINGS, "the runtime"), *((f"{PROCESSOR}/{name}", "the runtime") for name in PROCESSOR_FILES)]

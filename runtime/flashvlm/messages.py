@@ -1,23 +1,24 @@
 """Messages as OpenAI's and transformers' users write them -> one internal form.
 
 What is taken is written down in the TypedDicts; ``normalise`` checks it, as it may come from anyone, and decodes what
-is given as base64. It opens no file: a path stays a path until the image is loaded.
+is given as base64. It opens no file: a path stays a path until the image or video is loaded.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, cast
 
+from flashvlm import images, videos
+from flashvlm.data_urls import a_kind, data_url, decoded, file_url
 from flashvlm.errors import PromptError, brief
-from flashvlm.images import MAX_BYTES, SOURCES, ImageSource, is_source, is_url
+from flashvlm.images import ImageSource, is_source, is_url
 from flashvlm.text.processor import MAX_CHARACTERS, MAX_PARTS
+from flashvlm.videos import MAX_FPS, Video, VideoSource, is_video_source
 
+Kind = Literal["image", "video"]
 Role = Literal["system", "user", "assistant"]
 ROLES = ("system", "user", "assistant")
 
@@ -26,6 +27,9 @@ _SOURCES = {
     "image": ("image", "path", "url", "base64"),
     "image_url": ("image_url",),
     "input_image": ("image_url",),
+    "video": ("video", "path", "url", "base64"),
+    "video_url": ("video_url",),
+    "input_video": ("video_url",),
 }
 _VIDEOS = ("video", "video_url", "input_video")
 # What answers of an API carry with their text, and hints to a server's cache: none changes a prompt.
@@ -83,7 +87,48 @@ class InputImageContent(_Detail):
     image_url: str
 
 
-Content = TextContent | ImageContent | ImageURLContent | InputImageContent
+class _VideoContent(TypedDict):
+    type: Literal["video"]
+
+
+class VideoContent(_VideoContent, total=False):
+    """As transformers has it, with one of ``video``, ``path``, ``url`` and ``base64``.
+
+    video  anything ``load_video`` takes, or a URL as for ``url``
+    url    a data: URL, a path or a file:// URL
+    fps    frames a second of a list of frames
+    """
+
+    video: VideoSource | Video
+    path: str | os.PathLike[str]
+    url: str
+    base64: str | bytes
+    fps: float
+
+
+class VideoURLContent(TypedDict):
+    """``image_url`` of chat completions, with a video."""
+
+    type: Literal["video_url"]
+    video_url: ImageURL
+
+
+class InputVideoContent(_Detail):
+    """``input_image`` of responses, with a video."""
+
+    type: Literal["input_video"]
+    video_url: str
+
+
+Content = (
+    TextContent
+    | ImageContent
+    | ImageURLContent
+    | InputImageContent
+    | VideoContent
+    | VideoURLContent
+    | InputVideoContent
+)
 
 
 class ChatMessage(TypedDict):
@@ -108,12 +153,20 @@ class ImagePart:
     source: ImageSource
 
 
-Part = TextPart | ImagePart
+@dataclass(frozen=True, eq=False)
+class VideoPart:
+    """``source`` is what ``load_video`` takes; ``fps`` of a list of frames, if it is known."""
+
+    source: VideoSource | Video
+    fps: float | None = None
+
+
+Part = TextPart | ImagePart | VideoPart
 
 
 @dataclass(frozen=True)
 class Message:
-    """Who says what: text and images in their order."""
+    """Who says what: text, images and videos in their order."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -123,10 +176,17 @@ class Message:
         """The images among the parts, in their order."""
         return tuple(part.source for part in self.parts if isinstance(part, ImagePart))
 
+    @property
+    def visuals(self) -> tuple[ImagePart | VideoPart, ...]:
+        """The images and videos among the parts, in their order."""
+        return tuple(part for part in self.parts if not isinstance(part, TextPart))
+
     def plain(self) -> dict[str, object]:
         """What a chat template reads: strings, lists and dictionaries alone."""
         content = [
-            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            {"type": "text", "text": part.text}
+            if isinstance(part, TextPart)
+            else {"type": "image" if isinstance(part, ImagePart) else "video"}
             for part in self.parts
         ]
         return {"role": self.role, "content": content}
@@ -222,18 +282,20 @@ class _Reader:
             return self._text(part.text, where)
         if isinstance(part, ImagePart):
             return ImagePart(self._source("image", part.source, where))
+        if isinstance(part, VideoPart):
+            return VideoPart(self._video_source("video", part.source, where), part.fps)
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(part, Mapping) and isinstance(kind, str):
             if kind in _TEXTS:
                 _refuse_others(part, ("text",), where)
                 return self._text(part.get("text"), where)
+            if kind in _VIDEOS:
+                return self._video(part, kind, where)
             if kind in _SOURCES:
                 _refuse_others(part, _SOURCES[kind], where)
                 return self._image(part, kind, where)
-            if kind in _VIDEOS:
-                raise PromptError(f"{where}: expected text or an image, found a video; send some frames as images")
         found = brief(part if kind is None else kind)
-        raise PromptError(f"{where}: expected a part of type {', '.join((*_TEXTS, *_SOURCES))}, found {found}")
+        raise PromptError(f"{where}: expected a part of type {', '.join((_TEXTS[0], *_SOURCES))}, found {found}")
 
     def _text(self, text: object, where: str) -> TextPart:
         if not isinstance(text, str):
@@ -246,15 +308,8 @@ class _Reader:
         return TextPart(str(text))
 
     def _image(self, part: Mapping[object, object], kind: str, where: str) -> ImagePart:
-        given = [key for key in _SOURCES[kind] if part.get(key) is not None]
-        if len(given) > 1:
-            raise PromptError(f"{where}: expected one source of the image, found {' and '.join(given)}; leave one")
-        if given:
-            value = part[given[0]]
-            if kind == "image_url" and isinstance(value, Mapping):
-                _refuse_others(value, ("url",), where)
-                value = value.get("url")
-            return ImagePart(self._source(given[0], value, where))
+        if (given := _given(part, kind, "image", where)) is not None:
+            return ImagePart(self._source(*given, where))
         if kind != "image":
             raise PromptError(f"{where}: expected an image_url, found none; add it")
         if self.taken == len(self._images):
@@ -265,39 +320,74 @@ class _Reader:
         self.taken += 1
         return ImagePart(source)
 
-    def _source(self, key: str, value: object, where: str) -> ImageSource:
+    def _video(self, part: Mapping[object, object], kind: str, where: str) -> VideoPart:
+        _refuse_others(part, (*_SOURCES[kind], *(["fps"] if kind == "video" else [])), where)
+        given = _given(part, kind, "video", where)
+        if given is None:
+            raise PromptError(f"{where}: expected a {kind.removeprefix('input_')}, found none; add it")
+        source, fps = self._video_source(*given, where), part.get("fps")
+        if fps is not None:
+            if not isinstance(fps, (int, float)) or not 0 < fps <= MAX_FPS:
+                raise PromptError(f"{where}: expected fps above 0, up to {MAX_FPS:g}, found {brief(fps)}")
+            if isinstance(source, (str, os.PathLike, bytes, bytearray, Video)):
+                raise PromptError(f"{where}: expected fps with a list of frames, found a file, which has its own")
+        return VideoPart(source, fps)
+
+    def _video_source(self, key: str, value: object, where: str) -> VideoSource | Video:
+        if isinstance(value, (list, tuple)) and key == "video":
+            if not value:
+                raise PromptError(f"{where}: expected a list of frames, found an empty one; add them")
+            return [self._source("image", frame, f"{where}, frame {n}") for n, frame in enumerate(value)]
+        return cast("VideoSource | Video", self._source(key, value, where, "video"))
+
+    def _source(self, key: str, value: object, where: str, kind: Kind = "image") -> ImageSource:
         """``key``: the name it was given under, which says what it may be."""
         if key == "base64" and isinstance(value, (str, bytes)):
             text = value if isinstance(value, str) else value.decode("latin-1")
-            return _data_url(text, where) if text[:5].lower() == "data:" else _decoded(text, where)
+            return data_url(text, where, kind) if text[:5].lower() == "data:" else decoded(text, where, kind)
         if isinstance(value, str) and key != "base64":
-            return self._named(str(value), where)
-        if isinstance(value, os.PathLike) and key in ("image", "path"):
-            self._refuse_file(where)
+            return self._named(str(value), where, kind)
+        if isinstance(value, os.PathLike) and key in (kind, "path"):
+            self._refuse_file(where, kind)
             return value
-        if key == "image" and is_source(value):
+        if key == kind and (is_source(value) if kind == "image" else is_video_source(value)):
             return cast(ImageSource, value)
-        expected = {"image": SOURCES, "path": "a path", "base64": "text in base64"}.get(key, "a URL as text")
+        own = images.SOURCES if kind == "image" else videos.SOURCES
+        expected = {kind: own, "path": "a path", "base64": "text in base64"}.get(key, "a URL as text")
         raise PromptError(f"{where}: expected {expected} under {key!r}, found {brief(value)}")
 
-    def _named(self, name: str, where: str) -> ImageSource:
+    def _named(self, name: str, where: str, kind: Kind) -> ImageSource:
         """A data: URL, a file: URL or a path."""
         if name[:5].lower() == "data:":
-            return _data_url(name, where)
+            return data_url(name, where, kind)
         if name[:5].lower() == "file:":
-            self._refuse_file(where)
-            return _file_url(name, where)
+            self._refuse_file(where, kind)
+            return file_url(name, where)
         if is_url(name.lower()):
-            remedy = "download it and pass the path" if self._files else "send the image as a data: URL"
-            raise PromptError(f"{where}: expected an image, found {brief(name)}; URLs are not fetched: {remedy}")
-        self._refuse_file(where)
+            remedy = "download it and pass the path" if self._files else f"send the {kind} as a data: URL"
+            raise PromptError(f"{where}: expected {a_kind(kind)}, found {brief(name)}; URLs are not fetched: {remedy}")
+        self._refuse_file(where, kind)
         if not name:
-            raise PromptError(f"{where}: expected the path of an image, found an empty text")
+            raise PromptError(f"{where}: expected the path of {a_kind(kind)}, found an empty text")
         return name
 
-    def _refuse_file(self, where: str) -> None:
+    def _refuse_file(self, where: str, kind: Kind) -> None:
         if not self._files:
-            raise PromptError(f"{where}: expected an image as a data: URL, found a path; files are not read here")
+            raise PromptError(f"{where}: expected {a_kind(kind)} as a data: URL, found a path; files are not read here")
+
+
+def _given(part: Mapping[object, object], kind: str, what: Kind, where: str) -> tuple[str, object] | None:
+    """The key under which a part has its source, and the source; None without one."""
+    given = [key for key in _SOURCES[kind] if part.get(key) is not None]
+    if len(given) > 1:
+        raise PromptError(f"{where}: expected one source of the {what}, found {' and '.join(given)}; leave one")
+    if not given:
+        return None
+    value = part[given[0]]
+    if kind in ("image_url", "video_url") and isinstance(value, Mapping):
+        _refuse_others(value, ("url",), where)
+        value = value.get("url")
+    return given[0], value
 
 
 def _refuse_others(part: Mapping[object, object], known: tuple[str, ...], where: str) -> None:
@@ -305,44 +395,3 @@ def _refuse_others(part: Mapping[object, object], known: tuple[str, ...], where:
     for key, value in part.items():
         if value is not None and key not in ("type", *known, *_IGNORED):
             raise PromptError(f"{where}: expected the keys type, {', '.join(known)}, found {brief(key)}; leave it out")
-
-
-def _file_url(url: str, where: str) -> str:
-    """file:///a/b.png and file://localhost/a/b.png -> /a/b.png, with %20 and the like decoded."""
-    rest = url[5:]
-    if rest.startswith("//"):
-        host, slash, path = rest[2:].partition("/")
-        if host.lower() not in ("", "localhost"):
-            raise PromptError(f"{where}: expected a file of this machine, found {brief(url)}; write file:///...")
-        rest = slash + path
-    if not rest.startswith("/"):
-        raise PromptError(f"{where}: expected file:// and a full path, found {brief(url)}; or pass the path alone")
-    try:
-        return os.fsdecode(urllib.parse.unquote_to_bytes(os.fsencode(rest)))
-    except UnicodeEncodeError:
-        raise PromptError(f"{where}: expected the name of a file, found {brief(url)}; check the path") from None
-
-
-def _data_url(url: str, where: str) -> bytes:
-    """data:image/png;base64,... -> the bytes (RFC 2397)."""
-    head, comma, data = url[5:].partition(",")
-    kind, *parameters = head.lower().split(";")
-    if not comma or "base64" not in (parameter.strip() for parameter in parameters):
-        raise PromptError(f"{where}: expected data:image/...;base64,..., found {brief(url)}; encode it so")
-    if kind.strip() and not kind.startswith(("image/", "application/octet-stream")):
-        raise PromptError(f"{where}: expected an image in the data: URL, found {brief(kind)}")
-    return _decoded(urllib.parse.unquote(data, "latin-1") if "%" in data else data, where)
-
-
-def _decoded(text: str, where: str) -> bytes:
-    """Base64 -> bytes; line breaks and missing padding are common, anything else is damage."""
-    if len(text) > MAX_BYTES * 4 // 3:
-        raise PromptError(f"{where}: expected at most {MAX_BYTES:,} bytes, found more; downscale the image")
-    try:
-        data = "".join(text.split()).encode("ascii").rstrip(b"=")
-        found = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
-    except (UnicodeEncodeError, binascii.Error):
-        raise PromptError(f"{where}: expected base64, found {brief(text)}; encode the file again") from None
-    if not found:
-        raise PromptError(f"{where}: expected an image in base64, found nothing")
-    return found

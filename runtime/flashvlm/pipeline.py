@@ -1,4 +1,4 @@
-"""Pipeline: images and messages in, text out."""
+"""Pipeline: images, videos and messages in, text out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, overload
 
 import numpy as np
-import PIL.Image
 
 from flashvlm.answers import Answer, AsyncStream, Stream, Writing
 from flashvlm.budget import ALL, Budget, choose_budget
 from flashvlm.bundle import Bundle
 from flashvlm.conversation import Conversation
-from flashvlm.encoder import Encoded, Encoder, question, request
+from flashvlm.encoder import Encoded, Encoder, Visible, question, request
 from flashvlm.errors import FlashVLMError, PromptError, brief
 from flashvlm.generation import Decoding, Held, Timings, check_capacity
 from flashvlm.hub import bundle_folder
@@ -23,12 +22,16 @@ from flashvlm.images import ImageSource
 from flashvlm.messages import Message, normalise
 from flashvlm.sampling import RowSampler, SamplingParams
 from flashvlm.sessions import Backend, Limits, Session, check_batch
+from flashvlm.videos import Video, VideoSource, load_videos
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from flashvlm.messages import ChatMessage
     from flashvlm.sampling import SamplingOptions
+
+
+Videos = VideoSource | Video | Sequence[VideoSource | Video] | None
 
 
 class Pipeline:
@@ -118,6 +121,7 @@ class Pipeline:
         image: ImageSource | Sequence[ImageSource] | None,
         prompt: str,
         *,
+        video: Videos = None,
         budget: Budget | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer: ...
@@ -128,6 +132,7 @@ class Pipeline:
         image: ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None,
         prompt: Sequence[str],
         *,
+        video: Videos = None,
         budget: Budget | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[Answer]: ...
@@ -137,17 +142,20 @@ class Pipeline:
         image: ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None,
         prompt: str | Sequence[str],
         *,
+        video: Videos = None,
         budget: Budget | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer | list[Answer]:
-        """Answers a question about an image, or several at once.
+        """Answers a question about images or videos, or several at once.
 
         Args:
             image: path, bytes, PIL image, array or open file; None for text alone; a list of them for one question
                 about several images. With several prompts, one image for all of them or a list with one each.
             prompt: the question, or a list of them.
-            budget: visual tokens to keep of each image: a number the bundle was exported for, or ``"all"``. None takes
-                the bundle's first.
+            video: path, bytes, array [T,H,W,3] or list of frames (PIL images or arrays); a list of any but frames for
+                several. They stand behind the images, for every prompt the same.
+            budget: visual tokens to keep of each image or video: a number the bundle was exported for, or ``"all"``.
+                None takes the bundle's first.
             options: of sampling and length, see ``SamplingParams``.
 
         Returns:
@@ -160,14 +168,15 @@ class Pipeline:
             >>> pipeline.generate("cat.jpg", ["What is it?", "Where?"], max_new_tokens=8)  # doctest: +SKIP
         """
         params = SamplingParams.from_options(options)
+        videos = load_videos(video)
         if isinstance(prompt, str):
-            return self._answers([[question(prompt, _images(image))]], budget, params)[0]
+            return self._answers([[question(prompt, [*_images(image), *videos])]], budget, params)[0]
         if not isinstance(prompt, (list, tuple)) or not prompt:
             raise PromptError(f"prompt: expected a question or a list of them, found {brief(prompt)}")
         images = image if isinstance(image, (list, tuple)) else [image] * len(prompt)
         if len(images) != len(prompt):
             raise PromptError(f"expected {len(prompt)} image(s) for {len(prompt)} prompt(s), found {len(images)}")
-        asked = [[question(text, _images(each))] for text, each in zip(prompt, images, strict=True)]
+        asked = [[question(text, [*_images(each), *videos])] for text, each in zip(prompt, images, strict=True)]
         return self._answers(asked, budget, params)
 
     @overload
@@ -202,7 +211,7 @@ class Pipeline:
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each, of the roles system, user and assistant; content is text
-                or a list of parts: text, image, image_url (a data URL or path). See ``flashvlm.messages``.
+                or a list of parts: text, image, image_url (a data URL or path), video. See ``flashvlm.messages``.
             stream: give a ``Stream`` of text instead of waiting for the whole.
             budget, options: as for ``generate``.
 
@@ -224,6 +233,7 @@ class Pipeline:
         image: ImageSource | Sequence[ImageSource] | None,
         prompt: str,
         *,
+        video: Videos = None,
         budget: Budget | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
@@ -234,17 +244,18 @@ class Pipeline:
             ...     print(piece, end="", flush=True)
         """
         params = SamplingParams.from_options(options)
-        return self.open_stream([question(prompt, _images(image))], budget, params)
+        return self.open_stream([question(prompt, [*_images(image), *load_videos(video)])], budget, params)
 
     def conversation(
         self,
         image: ImageSource | Sequence[ImageSource] | None = None,
         *,
+        video: Videos = None,
         budget: Budget | None = None,
         reselect: bool = True,
         system: str | None = None,
     ) -> Conversation:
-        """Several questions about one image, or several. Vision runs once.
+        """Several questions about the same images or videos. Vision runs once.
 
         Args:
             reselect: each question selects its own tokens, and the whole prompt is prefilled again. False keeps the
@@ -255,19 +266,21 @@ class Pipeline:
             >>> talk = pipeline.conversation("cat.jpg", reselect=False)  # doctest: +SKIP
             >>> print(talk.ask("What is on the sofa?"), talk.ask("What colour is it?"))  # doctest: +SKIP
         """
-        images = request([question("?", _images(image))]).images  # loaded once, whatever is asked
-        return Conversation(self, images, budget, reselect, system)
+        visuals = [*_images(image), *load_videos(video)]
+        loaded = request([question("?", visuals)]).visuals  # once, whatever is asked
+        return Conversation(self, loaded, budget, reselect, system)
 
     async def generate_async(
         self,
         image: ImageSource | Sequence[ImageSource] | None,
         prompt: str,
         *,
+        video: Videos = None,
         budget: Budget | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """``generate`` for one prompt, in a thread: an event loop goes on meanwhile, and a cancelled task ends it."""
-        return await _whole(await self.stream_async(image, prompt, budget=budget, **options))
+        return await _whole(await self.stream_async(image, prompt, video=video, budget=budget, **options))
 
     async def chat_async(
         self, messages: Sequence[ChatMessage], *, budget: Budget | None = None, **options: Unpack[SamplingOptions]
@@ -282,13 +295,18 @@ class Pipeline:
         image: ImageSource | Sequence[ImageSource] | None,
         prompt: str,
         *,
+        video: Videos = None,
         budget: Budget | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """``stream`` whose steps run in threads."""
         params = SamplingParams.from_options(options)
-        asked = [question(prompt, _images(image))]
-        return AsyncStream(await asyncio.to_thread(self.open_stream, asked, budget, params))
+
+        def start() -> Stream:
+            asked = question(prompt, [*_images(image), *load_videos(video)])
+            return self.open_stream([asked], budget, params)
+
+        return AsyncStream(await asyncio.to_thread(start))
 
     # --- from messages to answers ---
 
@@ -304,7 +322,7 @@ class Pipeline:
         """Normalised messages -> rows for the decoder: vision and selection run for all of them together."""
         keep = self.keep(budget)
         check_batch(len(conversations), self._session.limits)
-        loaded: dict[int, PIL.Image.Image] = {}  # prompts may share an image
+        loaded: dict[int, Visible] = {}  # prompts may share an image
         return self.encoder.encode([request(messages, loaded) for messages in conversations], keep, timings)
 
     def write(

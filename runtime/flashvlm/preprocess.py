@@ -1,188 +1,46 @@
-"""RGB -> the float32 pixels that a vision tower expects: one way of tiling each, told apart by their ``tiling``.
+"""RGB -> the float32 pixels that a vision tower expects, as a bundle's ``tilings`` setting says.
 
 The arithmetic follows transformers' PIL image processors step by step (resize in uint8, crop, rescale in float64,
 normalise in float32), so that a bundle answers as its checkpoint does, without transformers. No model is named here:
-a bundle's manifest says which of these it wants.
+a bundle's manifest says what it wants.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flashvlm.frames import Clip
 from flashvlm.images import load_image
+from flashvlm.tilings import RESAMPLE, AnyRes, Frames, GridTiles, LongestEdge, Pixels, Single
 
-RESAMPLE = {
-    "nearest": PIL.Image.Resampling.NEAREST,
-    "bilinear": PIL.Image.Resampling.BILINEAR,
-    "bicubic": PIL.Image.Resampling.BICUBIC,
-    "lanczos": PIL.Image.Resampling.LANCZOS,
-}
-Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-Edge = Annotated[int, Field(gt=0, le=4096)]  # pixels: beyond every vision tower there is
-Count = Annotated[int, Field(gt=0, le=64)]  # tiles of an image
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the original image
 
 
-class _Pixels(BaseModel):
-    """What all share. Sizes are (height, width); mean and std apply after rescale.
-
-    repeat_time: how often one image stands behind another along the channels, for towers that read frames in pairs.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    resample: Resample = "bicubic"
-    rescale: float = Field(default=1 / 255, gt=0, le=1)
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    repeat_time: Literal[1, 2] = 1
-
-    @model_validator(mode="after")
-    def _check_std(self) -> _Pixels:
-        if min(self.std) <= 0:
-            raise ValueError(f"expected std > 0, found {self.std}")
-        return self
-
-    @property
-    def channels(self) -> int:
-        return 3 * self.repeat_time
-
-
-class Single(_Pixels):
-    """One unit an image: resized by its shorter edge or exactly, then cropped at its centre."""
-
-    tiling: Literal["single"] = "single"
-    resize: Literal["shortest_edge", "exact"]
-    size: tuple[Edge, Edge]
-    crop: tuple[Edge, Edge] | None = None
-
-    @model_validator(mode="after")
-    def _check_size(self) -> Single:
-        if self.resize == "shortest_edge" and self.size[0] != self.size[1]:
-            raise ValueError(f"shortest_edge needs size (edge, edge), found {self.size}")
-        if self.resize == "shortest_edge" and self.crop is None:
-            raise ValueError("shortest_edge needs a crop: a graph takes pixels of one size")
-        if self.crop and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
-            raise ValueError(f"crop {self.crop} is larger than the resized image {self.size}; padding is not supported")
-        return self
-
-    @property
-    def unit_shape(self) -> tuple[int, int, int]:
-        """[C,H,W] of a unit."""
-        return self.channels, *(self.crop or self.size)
-
-    @property
-    def max_units(self) -> int:
-        return 1
-
-    @property
-    def may_have_thumbnail(self) -> bool:
-        """Whether the whole image may stand behind its tiles."""
-        return False
-
-
-class _Tiled(_Pixels):
-    """Square tiles of ``side`` pixels."""
-
-    side: Edge
-
-    @property
-    def unit_shape(self) -> tuple[int, int, int]:
-        """[C,H,W] of a unit."""
-        return self.channels, self.side, self.side
-
-
-class AnyRes(_Tiled):
-    """A thumbnail, then the tiles of the canvas that fits best, on which the image is padded (LLaVA-NeXT).
-
-    pinpoints: (height, width) of the canvases.
-    """
-
-    tiling: Literal["anyres"] = "anyres"
-    pinpoints: tuple[tuple[Edge, Edge], ...] = Field(min_length=1, max_length=64)
-
-    @model_validator(mode="after")
-    def _check_pinpoints(self) -> AnyRes:
-        for height, width in self.pinpoints:
-            if height % self.side or width % self.side:
-                raise ValueError(f"expected pinpoints in multiples of {self.side}, found {(height, width)}")
-        return self
-
-    @property
-    def max_units(self) -> int:
-        return 1 + max(height * width for height, width in self.pinpoints) // self.side**2
-
-    @property
-    def may_have_thumbnail(self) -> bool:
-        return False  # it stands before them
-
-
-class GridTiles(_Tiled):
-    """The grid of ``min_tiles`` to ``max_tiles`` whose aspect ratio is nearest, then a thumbnail if there are several
-    (InternVL)."""
-
-    tiling: Literal["grid"] = "grid"
-    min_tiles: Count
-    max_tiles: Count
-    thumbnail: bool = True
-
-    @model_validator(mode="after")
-    def _check_tiles(self) -> GridTiles:
-        if self.min_tiles > self.max_tiles:
-            raise ValueError(f"expected min_tiles up to max_tiles, found {self.min_tiles} and {self.max_tiles}")
-        return self
-
-    @property
-    def max_units(self) -> int:
-        return self.max_tiles + self.may_have_thumbnail
-
-    @property
-    def may_have_thumbnail(self) -> bool:
-        return self.thumbnail and self.max_tiles > 1
-
-
-class LongestEdge(_Tiled):
-    """Resized to its longer edge and to multiples of ``side``, then tiles and a thumbnail if there are several
-    (SmolVLM)."""
-
-    tiling: Literal["longest"] = "longest"
-    edge: Edge
-
-    @property
-    def max_units(self) -> int:
-        # An aspect of 1 has the most; its shorter edge is made even.
-        return math.ceil((self.edge + self.edge % 2) / self.side) ** 2 + 1
-
-    @property
-    def may_have_thumbnail(self) -> bool:
-        return True
-
-
-Pixels = Annotated[Single | AnyRes | GridTiles | LongestEdge, Field(discriminator="tiling")]
-
-
 class Grid(NamedTuple):
-    """How an image became units.
+    """How an image or a video became units.
 
-    rows, columns  of tiles; 1 x 1 is the whole image
+    rows, columns  of tiles; 1 x 1 is the whole image, or each frame
     thumbnail      where the whole image stands beside its tiles
     size           (height, width) of the original
+    clip           of a video, its frames
     """
 
     rows: int
     columns: int
     thumbnail: Literal["none", "first", "last"]
     size: tuple[int, int]
+    clip: Clip | None = None
 
     @property
     def units(self) -> int:
+        if self.clip is not None:
+            return self.clip.units
         return self.rows * self.columns + (self.thumbnail != "none")
 
 
@@ -197,9 +55,9 @@ class _Plan:
     offset: tuple[int, int] = (0, 0)
 
 
-def grid_of(size: tuple[int, int], pixels: Pixels) -> Grid:
-    """The units an image of ``size`` (height, width) becomes."""
-    return _plan(size, pixels).grid
+def grid_of(size: tuple[int, int], pixels: Pixels, clip: Clip | None = None) -> Grid:
+    """The units that an image of ``size`` (height, width) becomes, or the frames ``clip`` of a video."""
+    return _plan(size, pixels).grid._replace(clip=clip)
 
 
 def tile(image: PIL.Image.Image, pixels: Pixels) -> tuple[np.ndarray, Grid]:
@@ -218,7 +76,17 @@ def tile(image: PIL.Image.Image, pixels: Pixels) -> tuple[np.ndarray, Grid]:
     if plan.grid.thumbnail != "none":
         _, height, width = pixels.unit_shape
         units.insert(0 if plan.grid.thumbnail == "first" else len(units), whole.resize((width, height), resample))
-    return np.stack([_normalise(unit, pixels) for unit in units]), plan.grid
+    normal = [_normalise(unit, pixels) for unit in units]
+    return np.stack([np.concatenate([unit] * pixels.repeat_time) for unit in normal]), plan.grid
+
+
+def stack(frames: Sequence[PIL.Image.Image], pixels: Frames) -> np.ndarray:
+    """RGB frames, all of one size -> float32 [U,C,H,W]."""
+    once = pixels.model_copy(update={"repeat_time": 1})
+    planes = np.concatenate([tile(frame, once)[0] for frame in frames])
+    lacking = -len(frames) % pixels.repeat_time
+    planes = np.concatenate([planes, np.repeat(planes[-1:], lacking, axis=0)])  # [F,3,H,W]
+    return planes.reshape(-1, *pixels.unit_shape)
 
 
 def seen_box(size: tuple[int, int], pixels: Pixels) -> Box:
@@ -232,12 +100,11 @@ def seen_box(size: tuple[int, int], pixels: Pixels) -> Box:
 
 
 def _normalise(image: PIL.Image.Image, pixels: Pixels) -> np.ndarray:
-    """uint8 image -> float32 [C,H,W]."""
+    """uint8 image -> float32 [3,H,W]."""
     # float64 for the product and float32 from there on: transformers' own order of rounding.
     scaled = (np.asarray(image).astype(np.float64) * pixels.rescale).astype(np.float32)
     normal = (scaled - np.asarray(pixels.mean, np.float32)) / np.asarray(pixels.std, np.float32)
-    planes = normal.transpose(2, 0, 1)  # [3,H,W]
-    return np.ascontiguousarray(np.concatenate([planes] * pixels.repeat_time) if pixels.repeat_time > 1 else planes)
+    return np.ascontiguousarray(normal.transpose(2, 0, 1))
 
 
 def _cut(sheet: PIL.Image.Image, rows: int, columns: int) -> Iterator[PIL.Image.Image]:
@@ -252,18 +119,20 @@ def _cut(sheet: PIL.Image.Image, rows: int, columns: int) -> Iterator[PIL.Image.
 
 def _plan(size: tuple[int, int], pixels: Pixels) -> _Plan:
     match pixels:
-        case Single():
+        case Single() | Frames():
             return _single(size, pixels)
         case AnyRes():
             return _anyres(size, pixels)
         case GridTiles():
             return _grid(size, pixels)
         case LongestEdge():
-            return _longest(size, pixels)
+            return _longest(size, pixels.edge, pixels.side)
 
 
-def _single(size: tuple[int, int], pixels: Single) -> _Plan:
+def _single(size: tuple[int, int], pixels: Single | Frames) -> _Plan:
     height, width = size
+    if pixels.resize == "longest_edge":
+        return _longest(size, pixels.size[0], pixels.size[0])
     if pixels.resize == "exact":
         resized = pixels.size[1], pixels.size[0]
     else:  # the longer edge is truncated, not rounded, as in transformers
@@ -315,23 +184,23 @@ def _grid(size: tuple[int, int], pixels: GridTiles) -> _Plan:
     return _Plan(Grid(rows, columns, thumbnail, size), (canvas,), canvas)
 
 
-def _longest(size: tuple[int, int], pixels: LongestEdge) -> _Plan:
+def _longest(size: tuple[int, int], edge: int, side: int) -> _Plan:
     height, width = size
     aspect = width / height
     if width >= height:
-        width, height = pixels.edge, _even(int(pixels.edge / aspect))
+        width, height = edge, _even(int(edge / aspect))
     else:
-        width, height = _even(int(pixels.edge * aspect)), pixels.edge
+        width, height = _even(int(edge * aspect)), edge
     first = width, height
     aspect = width / height
     if width >= height:
-        columns = math.ceil(width / pixels.side)
-        rows = math.ceil(int(columns * pixels.side / aspect) / pixels.side)
+        columns = math.ceil(width / side)
+        rows = math.ceil(int(columns * side / aspect) / side)
     else:
-        rows = math.ceil(height / pixels.side)
-        columns = math.ceil(int(rows * pixels.side * aspect) / pixels.side)
+        rows = math.ceil(height / side)
+        columns = math.ceil(int(rows * side * aspect) / side)
     thumbnail: Literal["none", "last"] = "last" if rows * columns > 1 else "none"
-    canvas = columns * pixels.side, rows * pixels.side
+    canvas = columns * side, rows * side
     return _Plan(Grid(rows, columns, thumbnail, size), (first, canvas), canvas)
 
 

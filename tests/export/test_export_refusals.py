@@ -47,6 +47,10 @@ def traced() -> dict[str, Any]:
     return {}
 
 
+# What is refused while or after it is traced: by the method whose graph takes least to trace.
+QUICK = ("--method", "uniform", "--budget", "4")
+
+
 @pytest.fixture
 def quick_tracing(monkeypatch: pytest.MonkeyPatch, traced: dict[str, Any]) -> None:
     """Traces each graph once for all tests: what comes after takes a fraction of a second."""
@@ -121,6 +125,14 @@ FLAGS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--max-seq", "few"], ("--max-seq", "valid integer")),
     (["--colour", "red"], ("No such option: --colour", "flashvlm-export --help")),
     (["another"], ("unexpected extra argument", "another")),
+    (["--image-size", "448"], ("--image-size 448: expected HEIGHTxWIDTH", "448x672")),
+    (["--image-size", "28x28"], ("--image-size 28x28", "family llava has images of one size")),
+    (["--max-tiles", "0"], ("--max-tiles 0: expected at least 1",)),
+    (["--max-tiles", "2"], ("--max-tiles 2: family llava has no tiles",)),
+    (["--frames", "8"], ("--frames 8: family llava has no videos",)),
+    (["--budget-scope", "patch"], ("--budget-scope patch: expected image, tile, frame or video",)),
+    (["--budget-scope", "image,tile"], ("expected image or tile, found both",)),
+    (["--budget-scope", "tile"], ("--budget-scope tile: expected tiles in turn, found none",)),
 ]
 
 
@@ -201,7 +213,8 @@ def test_force_replaces_a_bundle_and_its_engines(tiny_bundle: Path, tiny_checkpo
     }
     (engines / "engine.json").write_text(json.dumps(manifest))
     (engines / "vision.engine").touch()
-    ran = run(main, "--model", tiny_checkpoint, "--budget", "7, 4,7,all", "--out", out, "--force")
+    flags = ("--method", "uniform", "--budget", "7, 4,7,all", "--force")
+    ran = run(main, "--model", tiny_checkpoint, "--out", out, *flags)
     assert ran.code == 0, ran
     assert Bundle(out).manifest.selection.budgets == (7, 4)  # each once; the first is the default
     assert not (out / "engines").exists()
@@ -315,7 +328,7 @@ def test_disk_full(
         copy_of(tiny_bundle, place, "out")
     before = everything(place)
     monkeypatch.setattr(owner, name, stand_in)
-    ran = run(main, "--model", tiny_checkpoint, "--budget", "4", "--out", place / "out", "--force")
+    ran = run(main, "--model", tiny_checkpoint, *QUICK, "--out", place / "out", "--force")
     monkeypatch.undo()
     assert_refused(ran, *expected)
     assert everything(place) == before
@@ -335,7 +348,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.usefixtures("quick_tracing")
 def test_a_disk_that_is_really_full(small_disk: Path, tiny_checkpoint: Path) -> None:
-    ran = run(main, "--model", tiny_checkpoint, "--budget", "4", "--out", small_disk / "out")
+    ran = run(main, "--model", tiny_checkpoint, *QUICK, "--out", small_disk / "out")
     assert_refused(ran, "No space left on device", "free space or choose another")
     assert not os.listdir(small_disk)
 
@@ -359,7 +372,7 @@ def test_ctrl_c(owner: Any, name: str, tiny_checkpoint: Path, place: Path, monke
         time.sleep(5)
 
     monkeypatch.setattr(owner, name, interrupted)
-    ran = run(main, "--model", tiny_checkpoint, "--budget", "4", "--out", place / "out")
+    ran = run(main, "--model", tiny_checkpoint, *QUICK, "--out", place / "out")
     assert ran.code == 130
     assert ran.stderr.splitlines()[-1] == "interrupted"
     assert "Traceback" not in ran.stderr

@@ -7,27 +7,35 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from family_proof import FamilyProof, Reference, without_video
+from family_proof import Message, Reference, without_video
 from test_parity import picture
 from torch import Tensor
 from transformers import InternVLProcessor
+from video_proof import VideoProof
 
 from flashvlm.errors import CheckpointError
 from flashvlm_export.families import internvl
+from flashvlm_export.families.contract import VisualOptions
 from flashvlm_export.testing.presets.internvl import TINY
 
 
-class TestInternVL(FamilyProof):
+class TestInternVL(VideoProof):
     family = internvl
     preset = "tiny-internvl"
     # Two tiles side by side with their thumbnail; one tile; three above each other.
     images: ClassVar[list[np.ndarray]] = [picture((112, 230), 1), picture((60, 61), 2), picture((350, 110), 3)]
 
+    options = VisualOptions(frames=3)
+
     def processor(self, image_processor: Any, tokenizer: Any) -> Any:
         return without_video(InternVLProcessor, image_processor, tokenizer, None, image_seq_length=16)
 
     def signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
-        units = reference.processor.image_processor(image, crop_to_patches=True, return_tensors="pt")["pixel_values"]
+        whole = image.ndim == 4  # frames are not cut into tiles
+        images = [*image] if whole else image
+        units = reference.processor.image_processor(images, crop_to_patches=not whole, return_tensors="pt")[
+            "pixel_values"
+        ]
         tower = reference.model.model.vision_tower(units, output_attentions=True)
         features, saliency = [], []
         for patches, weights in zip(tower.last_hidden_state, tower.attentions[-1], strict=True):
@@ -37,6 +45,15 @@ class TestInternVL(FamilyProof):
                     features.append(patches[four].mean(0))
                     saliency.append(weights[:, 0, four].mean())
         return torch.stack(features), torch.stack(saliency)
+
+    def shown(self) -> list[int]:
+        return [1, 5, 9]  # the middles of three parts of 11: 1.8, 5.5, 9.2
+
+    def video_inputs(self, reference: Reference, messages: list[Message], frames: list[np.ndarray]) -> Any:
+        framed = [f"Frame{i}: <img>{'<IMG_CONTEXT>' * 16}</img>" for i in (1, 2, 3)]
+        rendered = reference.rendered(messages).replace("<video>", "\n".join(framed))
+        pixels = reference.processor.image_processor(frames, crop_to_patches=False, return_tensors="pt")
+        return {**reference.tokenizer(rendered, return_tensors="pt"), "pixel_values": pixels["pixel_values"]}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ safetensors = pytest.importorskip("safetensors")
 from PIL import Image  # noqa: E402
 
 from flashvlm_export.testing import checkpoints  # noqa: E402
+from flashvlm_export.testing.__main__ import app  # noqa: E402
 from flashvlm_export.testing.presets import llava  # noqa: E402
+from refusals import run  # noqa: E402
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 
@@ -192,11 +194,12 @@ def test_a_broken_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flashvlm_export.testing", "--like", "tiny", "--out", str(tmp_path / "new")]
+    flags = ("--like", "tiny", "--out", str(tmp_path / "new"))
+    command = [sys.executable, "-m", "flashvlm_export.testing", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "M parameters" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
+    again = run(app, *flags)  # in this process
+    assert again.code == 2
     assert len(again.stderr.strip().splitlines()) == 1
     assert "--force" in again.stderr

@@ -22,8 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from flashvlm.errors import CheckpointError
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import TextLayout, VisualSpec
-from flashvlm.preprocess import GridTiles
+from flashvlm.tilings import GridTiles
+from flashvlm.visual import TextLayout, VisualSpec
 from flashvlm_export.config_bounds import INTEGERS, checked_config, refuse_unlike_attention
 from flashvlm_export.families.common.tiles import in_reading_order
 from flashvlm_export.families.contract import LanguageSpec, TowerSpec, VisualOptions

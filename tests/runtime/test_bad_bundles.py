@@ -182,7 +182,7 @@ MANIFESTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "two placeholders of one kind": (
         manifest(lambda m: m["visual"].append({**m["visual"][0], "graph": "vision-2", "placeholder_id": 3})),
-        ("expected one placeholder_id for a modality",),
+        ("expected one placeholder_id and marker for a modality",),
     ),
     "a cache without end": (
         manifest(lambda m: m["model"].update(num_layers=1024, head_dim=65536)),

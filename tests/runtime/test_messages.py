@@ -246,7 +246,7 @@ def test_bad_messages(messages, words):
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        (None, "expected a part of type text, input_text, .*, found None"),
+        (None, "expected a part of type text, image, .*, video, .*, found None"),
         ("text", "found 'text'"),
         ([{"type": "text"}], "expected a part of type"),
         ({}, "found {}"),
@@ -254,8 +254,8 @@ def test_bad_messages(messages, words):
         ({"type": None, "text": "x"}, "expected a part of type"),
         ({"type": ["text"], "text": "x"}, "expected a part of type"),
         ({"type": "audio"}, "found 'audio'"),
-        ({"type": "video", "video": ["a.png"]}, "found a video; send some frames as images"),
-        ({"type": "video_url", "video_url": {"url": "x"}}, "found a video"),
+        ({"type": "video"}, "expected a video, found none; add it"),
+        ({"type": "video_url"}, "expected a video_url, found none"),
         ({"type": "text"}, "expected a text, found None"),
         ({"type": "text", "text": 5}, "expected a text, found 5"),
         ({"type": "text", "text": "x", "txt": "y"}, "found 'txt'; leave it out"),

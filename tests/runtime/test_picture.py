@@ -5,14 +5,36 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flashvlm import drawing
-from flashvlm import kept_picture as picture
 from flashvlm.drawing import Scale, in_font, shorten, wrap
-from flashvlm.kept_picture import MARGIN, PANEL, PANELS_Y, REPRESENTATIVE, TOP, draw_kept
+from flashvlm.encoder import Selection
+from flashvlm.kept_picture import MARGIN, PANEL, PANELS_Y, draw_kept, heading, legend_of
+from flashvlm.patches import REPRESENTATIVE, TOP
+from flashvlm.preprocess import Single, grid_of
+from flashvlm.visual import VisualSpec
 
 
 def photo(width, height, seed=0):
     small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height))
+
+
+def selection(size, kept, is_top, scores, grid=(4, 4), square=None):
+    """Of an image of ``size`` (width, height): seen whole, or its centre, resized to a ``square`` of pixels."""
+    how = {"resize": "exact", "size": (64, 64)}
+    if square is not None:
+        how = {"resize": "shortest_edge", "size": (square, square), "crop": (square, square)}
+    pixels = Single(**how, mean=(0, 0, 0), std=(1, 1, 1))
+    count = grid[0] * grid[1]
+    spec = VisualSpec(
+        graph="vision", placeholder_id=0, tokens_per_unit=count, grid=grid, candidates=count, feature_size=1,
+        pixels=pixels,
+    )  # fmt: skip
+    arrays = np.array(kept, dtype=np.int64), np.array(is_top, dtype=bool), np.asarray(scores)
+    return Selection(*arrays, count, spec, grid_of(size[::-1], pixels))
+
+
+def draw(image, kept, is_top, scores, grid=(4, 4), square=None, **texts):
+    return draw_kept(image, selection(image.size, kept, is_top, scores, grid, square), **texts)
 
 
 def panel(page, number, height):
@@ -32,11 +54,9 @@ GRIDS = [(1, 1), (4, 4), (5, 5), (3, 70)]
 @pytest.mark.parametrize(("size", "grid"), [(s, (24, 24)) for s in SIZES] + [((300, 200), g) for g in GRIDS])
 def test_any_size_and_grid(size, grid):
     count = grid[0] * grid[1]
-    edge = min(size)
-    left, top = (size[0] - edge) / 2, (size[1] - edge) / 2
     kept = np.unique([0, count // 2, count - 1])
-    box = (left, top, left + edge, top + edge)
-    page = draw_kept(photo(*size), kept, kept == 0, np.arange(count), grid, box, "Q?", "A.", "flashvlm")
+    texts = {"question": "Q?", "answer": "A.", "method": "flashvlm"}
+    page = draw(photo(*size), kept, kept == 0, np.arange(count), grid, square=20, **texts)
     assert page.mode == "RGB"
     assert panels(page) == (2 if count == 1 else 3)
     assert page.height < 1600
@@ -49,9 +69,7 @@ def test_kept_patches_are_clear_and_dropped_ones_are_not():
     # A white image with one red patch, number 6 of a 4 x 4 grid over the central square.
     pixels = np.full((140, 280, 3), 255, np.uint8)
     pixels[35:70, 70 + 70 : 70 + 105] = (200, 0, 0)
-    page = draw_kept(
-        Image.fromarray(pixels), np.array([6]), np.array([True]), np.arange(16.0), (4, 4), (70, 0, 210, 140)
-    )
+    page = draw(Image.fromarray(pixels), [6], [True], np.arange(16.0), square=140)
     shown = panel(page, 1, 280)
     clear = (shown == (200, 0, 0)).all(-1)
     assert clear[76:134, 286:344].all()  # all but the outline of 4 pixels and the blur of resizing
@@ -70,7 +88,7 @@ def test_dropped_patches_show_on_any_exposure(exposure):
     pixels[:, 20::40] = 90  # a line in each patch
     pixels = (pixels * 2 * exposure).astype(np.uint8)
     image = Image.fromarray(pixels).convert("RGB").resize((560, 560), Image.Resampling.NEAREST)
-    page = draw_kept(image, np.array([0]), np.array([True]), np.zeros(4), (2, 2), (0, 0, 560, 560))
+    page = draw(image, [0], [True], np.zeros(4), (2, 2))
     shown = panel(page, 1, 560).astype(int)
     kept, dropped = shown[100, 100], shown[400, 400]
     assert (kept == np.asarray(image)[100, 100]).all()
@@ -80,7 +98,7 @@ def test_dropped_patches_show_on_any_exposure(exposure):
 
 def test_the_image_itself_is_at_hand():
     image = photo(560, 560)
-    page = draw_kept(image, np.array([3]), np.array([True]), np.arange(16), (4, 4), (0, 0, 560, 560))
+    page = draw(image, [3], [True], np.arange(16))
     np.testing.assert_array_equal(panel(page, 0, 560), np.asarray(image))
 
 
@@ -89,7 +107,7 @@ def test_scores_rise_from_dark_to_bright_and_gaps_stay_gray():
     scores = np.linspace(-6, 0, 16)
     scores[5] = -np.inf
     scores[6] = np.nan
-    page = draw_kept(gray, np.array([15]), np.array([True]), scores, (4, 4), (0, 0, 64, 64))
+    page = draw(gray, [15], [True], scores)
     centres = panel(page, 2, 560)[70::140, 70::140].reshape(16, 3).astype(int)
     light = centres @ [0.2126, 0.7152, 0.0722]
     finite = np.isfinite(scores)
@@ -112,22 +130,23 @@ def test_one_outlier_does_not_take_all_colours():
 @pytest.mark.parametrize("scores", [np.zeros(16), np.zeros(0), np.full(16, np.nan)])
 def test_without_a_score_there_is_no_panel_for_it(scores):
     red = Image.new("RGB", (64, 64), (200, 30, 30))
-    page = draw_kept(red, np.array([3]), np.array([False]), scores, (4, 4), (0, 0, 64, 64), method="uniform")
+    page = draw(red, [3], [False], scores, method="uniform")
     assert panels(page) == 2
 
 
 @pytest.mark.parametrize("scores", [np.full(16, 0.25), np.r_[-1e308, np.full(15, 1e308)], np.full(16, -1e-300)])
 def test_constant_and_huge_scores(scores):
-    page = draw_kept(photo(64, 64), np.array([3]), np.array([True]), scores, (4, 4), (0, 0, 64, 64))
+    page = draw(photo(64, 64), [3], [True], scores)
     assert panels(page) == 3
 
 
 def test_all_kept_shows_the_image_itself():
     image = photo(560, 560)
-    page = draw_kept(image, np.arange(16), np.ones(16, bool), np.zeros(16), (4, 4), (0, 0, 560, 560))
+    page = draw(image, np.arange(16), np.ones(16, bool), np.zeros(16))
     assert panels(page) == 2
     np.testing.assert_array_equal(panel(page, 1, 560), np.asarray(image))
-    assert list(picture._legend(16, 0, 16, True)) == []
+    whole = selection((8, 8), np.arange(16), np.zeros(16, bool), np.zeros(16))
+    assert list(legend_of(np.arange(16), whole)) == []
 
 
 @pytest.mark.parametrize(
@@ -140,20 +159,25 @@ def test_all_kept_shows_the_image_itself():
     ],
 )
 def test_heading(kept, count, expected):
-    assert picture._heading(kept, count, "flashvlm") == expected
+    some = selection((8, 8), np.arange(kept), np.ones(kept, bool), np.zeros(count), (1, count))
+    assert heading(some, "flashvlm") == expected
+    assert heading(some, "flashvlm", "Image 2 of 3") == f"Image 2 of 3: {expected[0].lower()}{expected[1:]}"
 
 
 def test_what_a_score_is_stands_below_it():
     """The same scores take a line more where it is known what they are."""
-    args = photo(64, 64), np.array([3]), np.array([True]), np.linspace(-6, 0, 16), (4, 4), (0, 0, 64, 64)
-    heights = [draw_kept(*args, score=score).height for score in ("log", "cosine", None)]
+    args = photo(64, 64), [3], [True], np.linspace(-6, 0, 16)
+    heights = [draw(*args, score=score).height for score in ("log", "cosine", None)]
     assert heights[0] == heights[1] == heights[2] + 26
 
 
 def test_legend_counts():
-    texts = [entry.text for entry in picture._legend(64, 32, 576, False)]
-    assert texts == ["32 top-scored", "32 representative", "512 dropped", "not seen by the model"]
-    assert [entry.text for entry in picture._legend(1, 1, 1600, True)] == ["1 top-scored", "1,599 dropped"]
+    for grid, kept, top, expected in (
+        ((24, 24), 64, 32, ["32 top-scored", "32 representative", "512 dropped"]),
+        ((40, 40), 1, 1, ["1 top-scored", "1,599 dropped"]),
+    ):
+        some = selection((8, 8), np.arange(kept), np.arange(kept) < top, [], grid)
+        assert [entry.text for entry in legend_of(np.arange(some.count), some)] == expected
 
 
 @pytest.mark.parametrize(
@@ -162,7 +186,7 @@ def test_legend_counts():
 )
 def test_arrays_that_do_not_fit_are_refused(kept, is_top, scores):
     with pytest.raises(ValueError, match="expected"):
-        draw_kept(photo(8, 8), np.array(kept), np.array(is_top), np.ones(scores), (4, 4), (0, 0, 8, 8))
+        draw(photo(8, 8), kept, is_top, np.ones(scores))
 
 
 # --- text ---
@@ -180,8 +204,8 @@ def test_wrapped_lines_fit(words, most):
 
 
 def test_long_texts_end_in_dots():
-    args = photo(64, 64), np.array([3]), np.array([True]), np.ones(16), (4, 4), (0, 0, 64, 64)
-    short, long = draw_kept(*args), draw_kept(*args, question="word " * 5000, answer="x" * 100_000)
+    args = photo(64, 64), [3], [True], np.ones(16)
+    short, long = draw(*args), draw(*args, question="word " * 5000, answer="x" * 100_000)
     assert short.height < long.height < 2500
     text = in_font("a long name " * 50, 31)
     assert shorten(text, 400).endswith("...")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from flashvlm.images import load_image
-from flashvlm.preprocess import AnyRes, GridTiles, LongestEdge, Pixels, Single, grid_of, seen_box, tile
+from flashvlm.preprocess import grid_of, seen_box, tile
+from flashvlm.tilings import AnyRes, GridTiles, LongestEdge, Pixels, Single
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP = Single(resize="shortest_edge", size=(336, 336), crop=(336, 336), mean=MEAN, std=STD)

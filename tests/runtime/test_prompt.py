@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from flashvlm.errors import PromptError
-from flashvlm.manifest import TextLayout, VisualSpec
-from flashvlm.preprocess import AnyRes, Grid, GridTiles, LongestEdge, Single, grid_of
-from flashvlm.prompt import Item, Text, Visual, arrange, coordinates, expand, layout, run_lengths
+from flashvlm.preprocess import Grid, grid_of
+from flashvlm.prompt import Item, Text, Visual, arrange, coordinates, expand, layout, run_lengths, select_rows
+from flashvlm.tilings import AnyRes, GridTiles, LongestEdge, Single
+from flashvlm.visual import TextLayout, VisualSpec
 
 NORMAL: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 IMAGE = 99
@@ -56,6 +57,25 @@ def test_cls_is_never_selected() -> None:
     found = arrange(frames, Grid(1, 2, "last", (14, 28)))
     assert found.count == 15
     assert np.flatnonzero(~found.valid[:15]).tolist() == [0, 5, 10]
+
+
+def test_a_budget_for_each_unit() -> None:
+    frames = spec(TILES, (2, 2), 25, skip="cls", scope="unit")
+    grid = Grid(1, 2, "last", (14, 28))
+    valid = select_rows(frames, grid, arrange(frames, grid).valid)
+    assert valid.tolist() == [[False, True, True, True, True]] * 3  # no padding, and of each unit no CLS
+    assert frames.select_size(14) == (5, 2)
+    assert [frames.kept_of(15, 3, budget) for budget in (5, 14, 24, 25, "all")] == [3, 6, 12, 15, 15]
+    whole = spec(TILES, (2, 2), 20)
+    assert select_rows(whole, grid, arrange(whole, grid).valid).shape == (1, 20)
+    assert whole.select_size(14) == (20, 14)
+    assert [whole.kept_of(12, 3, budget) for budget in (5, 14, "all")] == [5, 12, 12]
+
+
+def test_a_budget_for_each_unit_wants_units_one_after_another() -> None:
+    for pixels, grid, count, order in ((PLAIN.pixels, (2, 3), 6, "raster"), (ANYRES.pixels, (4, 4), 88, "anyres")):
+        with pytest.raises(ValidationError, match=f"found the tiling {pixels.tiling}; use scope item"):
+            spec(pixels, grid, count, order=order, scope="unit")
 
 
 @settings(max_examples=80, deadline=None)
@@ -140,8 +160,7 @@ def test_runs_of_tiles_with_text_between() -> None:
 def test_three_axes() -> None:
     mrope = spec(Single(resize="exact", size=(20, 30), **NORMAL), (2, 3), 6, positions="mrope", time_scale=4)
     grid = Grid(1, 1, "none", (20, 30))
-    assert coordinates(mrope, 6, 3).tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
-    assert coordinates(mrope, 12, 3)[0].tolist() == [0] * 6 + [4] * 6
+    assert coordinates(item(mrope, grid), 6, 3).tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
     prompt = layout(np.array([1, 2, IMAGE, 3]), [item(mrope, grid, [1, 5])], 3, True)
     assert prompt.position_ids.tolist() == [[0, 1, 2, 2, 5], [0, 1, 2, 3, 5], [0, 1, 3, 4, 5]]
     assert prompt.next_position == 6  # 2 rows, 3 columns: text goes on behind the larger

@@ -55,7 +55,6 @@ FLAGS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--show", "kept"], ("--show kept", ".png, .jpg or .webp")),
     (["--show", "nowhere/kept.png"], ("the folder nowhere does not exist", "create it")),
     (["--budget", "most", "--backend", "tensorrt"], ("--budget 'most'",)),  # before anything is loaded
-    (["--image", "another.png", "--show", "kept.png"], ("--show needs one --image, found 2",)),
     (["--revision", "main"], ("revision main", "is no name on the Hub")),
     (["--stop", ""], ("stop: expected", "found ''")),
     (["--min-p", "2"], ("min_p: expected a number in 0..1",)),
@@ -84,12 +83,17 @@ def test_show_does_not_replace_the_image(tiny_bundle: Path, picture: Path, tmp_p
     (tmp_path / "link.png").symlink_to(picture)
     for name in (picture, tmp_path / "link.png"):
         ran = run(main, tiny_bundle, "--image", picture, *QUESTION, "--show", name)
-        assert_refused(ran, "is the --image itself", "choose another name")
+        assert_refused(ran, "is an input itself", "choose another name")
+    (tmp_path / "kept-2.png").symlink_to(picture)  # where the second picture would go
+    ran = run(main, tiny_bundle, "--image", picture, "--image", picture, *QUESTION, "--show", tmp_path / "kept.png")
+    assert_refused(ran, "kept-2.png is an input itself")
     assert picture.read_bytes() == before
 
 
 def test_show_needs_an_image(tiny_bundle: Path) -> None:
-    assert_refused(run(main, tiny_bundle, *QUESTION, "--show", "kept.png"), "--show needs one --image, found none")
+    assert_refused(
+        run(main, tiny_bundle, *QUESTION, "--show", "kept.png"), "--show draws an image or video, found none; give one"
+    )
 
 
 def test_no_bundle() -> None:

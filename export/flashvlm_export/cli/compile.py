@@ -31,7 +31,7 @@ def compile(
     compute_capability: Annotated[
         str | None, typer.Option(help="GPUs to build for with tensorrt-rtx, such as 8.9 or 8.9,12.0.")
     ] = None,
-    max_seq: Annotated[int | None, typer.Option(help="KV capacity of the engines; the bundle's if not given.")] = None,
+    max_seq: Annotated[int | None, typer.Option(help="KV slots; 4096 if not given, or what an image needs.")] = None,
     max_batch: Annotated[int, typer.Option(help="Largest batch.")] = 1,
     max_query: Annotated[int, typer.Option(help="Longest question, in tokens.")] = 512,
     workspace: Annotated[float | None, typer.Option(help="Memory the compiler may use on the GPU, in GB.")] = None,

@@ -70,6 +70,10 @@ def export(
     ] = "",
     max_tiles: Annotated[int | None, _flag("Tiles that an image is cut into at most.")] = None,
     frames: Annotated[int | None, _flag("Frames of a video at most; adds the graph for videos.")] = None,
+    budget_scope: Annotated[
+        str,
+        _flag("What shares a budget: image and video as a whole, or tile, frame: each has the same; a list of them."),
+    ] = "",
     max_seq: Annotated[int | None, _flag("KV-cache capacity in tokens; the model's maximum if not given.")] = None,
     layout: Annotated[Layout, _flag("fused adds one graph for the whole time to first token.")] = Layout.split,
     dialect: Annotated[
@@ -98,6 +102,7 @@ def export(
     asked = parse_budgets(budget)
     budgets = tuple(each for each in asked if each != ALL)
     visual: dict[str, Any] = {"image_sizes": _parse_sizes(image_size), "max_tiles": max_tiles, "frames": frames}
+    visual["scope"] = _parse_scope(budget_scope)
     for name, count in (("max-tiles", max_tiles), ("frames", frames)):
         if count is not None and count < 1:
             raise FlashVLMError(f"--{name} {count}: expected at least 1")
@@ -167,6 +172,17 @@ def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     if not all(sizes):
         raise FlashVLMError(f"--image-size {text}: expected HEIGHTxWIDTH in pixels, such as 448x672 or 448x672,672x448")
     return tuple((int(size[1]), int(size[2])) for size in sizes if size)
+
+
+def _parse_scope(text: str) -> frozenset[str]:
+    """tile,frame -> what is not as a whole."""
+    words = {word.strip() for word in text.split(",") if word.strip()}
+    if odd := words - {"image", "video", "tile", "frame"}:
+        raise FlashVLMError(f"--budget-scope {', '.join(sorted(odd))}: expected image, tile, frame or video")
+    for whole, unit in (("image", "tile"), ("video", "frame")):
+        if {whole, unit} <= words:
+            raise FlashVLMError(f"--budget-scope {text}: expected {whole} or {unit}, found both")
+    return frozenset(words - {"image", "video"})
 
 
 def _plan(

@@ -26,6 +26,7 @@ from flashvlm.engines import (
     PluginSpec,
     Target,
     built_from,
+    default_max_seq,
     folder_name,
     import_target,
     local_capability,
@@ -157,7 +158,7 @@ def _check_types(bundle: Bundle) -> None:
 
 def _flags(options: CompileOptions, bundle: Bundle, trt: Any) -> BuildFlags:
     limit = bundle.manifest.model.max_seq
-    max_seq = limit if options.max_seq is None else options.max_seq
+    max_seq = default_max_seq(bundle) if options.max_seq is None else options.max_seq
     if not 1 < max_seq <= limit:
         raise FlashVLMError(f"--max-seq {max_seq}: expected 2 to {limit}, the capacity of {bundle.path}")
     for option, size, largest in (("batch", options.max_batch, MAX_BATCH), ("query", options.max_query, limit)):

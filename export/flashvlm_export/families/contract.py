@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flashvlm.errors import FlashVLMError
-from flashvlm.manifest import VisualSpec
+from flashvlm.visual import VisualSpec
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ class VisualOptions:
     image_sizes  (height, width) in pixels: a vision graph for each
     max_tiles    that one image is cut into, without its thumbnail
     frames       of a video at most: a vision graph for them
+    scope        of a budget: tile, that each tile of an image has its share; frame, each frame of a video
     """
 
     image_sizes: tuple[tuple[int, int], ...] = ()
     max_tiles: int | None = None
     frames: int | None = None
+    scope: frozenset[Literal["tile", "frame"]] = frozenset()
 
     def refuse(self, family: str, *, but: Collection[str] = ()) -> None:
         """Raises FlashVLMError for anything asked that is no field in ``but``."""

@@ -11,8 +11,8 @@ from transformers import InternVLConfig
 
 from flashvlm.errors import CheckpointError
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import TextLayout, VisualSpec
-from flashvlm.preprocess import GridTiles
+from flashvlm.tilings import Frames, GridTiles
+from flashvlm.visual import TextLayout, VisualSpec
 from flashvlm_export.families.common import names, pixels, saliency
 from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
 from flashvlm_export.families.common.text import build as build
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 NAME = "internvl"
 ALIASES = {f"internvl3-{size}": f"OpenGVLab/InternVL3-{size.upper()}-hf" for size in ("1b", "2b", "8b", "14b")}
 REFUSED = {"interns1": "its language model is a mixture of experts"}
+OPTIONS = ("max_tiles", "frames")
 TEXT = TextLayout(whole="<img>{v}</img>")
+VIDEO_TEXT = TextLayout(frame="Frame{i}: <img>{v}</img>", join="\n")
 TILES = 12  # of an image, as published; and a thumbnail where there are several
 
 
@@ -147,9 +149,8 @@ def vision(model: InternVLForConditionalGeneration, spec: VisualSpec) -> nn.Modu
 
 
 def tower_specs(config: InternVLConfig, options: VisualOptions) -> list[TowerSpec]:
-    options.refuse(NAME, but=["max_tiles"])
+    options.refuse(NAME, but=OPTIONS)
     tower, tiles = config.vision_config, options.max_tiles or TILES
-    units = tiles + (tiles > 1)
     return [
         TowerSpec(
             tokens=math.prod(_patches(config)) + 1,  # and CLS
@@ -161,32 +162,52 @@ def tower_specs(config: InternVLConfig, options: VisualOptions) -> list[TowerSpe
             features=tower.hidden_size,
             units=units,
         )
+        for units in (tiles + (tiles > 1), options.frames)
+        if units
     ]
 
 
 def visual_specs(config: InternVLConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
-    options.refuse(NAME, but=["max_tiles"])
+    options.refuse(NAME, but=OPTIONS)
     side, rows = config.vision_config.image_size[0], _tokens(config)
     if (size := pixels.square(image_processor.size, "size")) != side:
         raise CheckpointError(f"preprocessor_config.json: size is {size}; the vision tower takes {side} x {side}")
-    grid = GridTiles(
+    normal = pixels.normalisation(image_processor)
+    tiles = GridTiles(
         side=side,
         min_tiles=image_processor.min_patches,
         max_tiles=options.max_tiles or image_processor.max_patches,
-        **pixels.normalisation(image_processor),
+        **normal,
     )
-    return [
-        VisualSpec(
-            graph=VISION,
-            placeholder_id=config.image_token_id,
-            tokens_per_unit=rows * rows,
-            grid=(rows, rows),
-            candidates=grid.max_units * rows * rows,
-            feature_size=config.vision_config.hidden_size,
-            pixels=grid,
-            text=TEXT,
-        )
-    ]
+    image = VisualSpec(
+        graph=VISION,
+        placeholder_id=config.image_token_id,
+        tokens_per_unit=rows * rows,
+        grid=(rows, rows),
+        candidates=tiles.max_units * rows * rows,
+        feature_size=config.vision_config.hidden_size,
+        pixels=tiles,
+        text=TEXT,
+    )
+    if options.frames is None:
+        return [image]
+    frames = Frames(
+        resize="exact",
+        size=(side, side),
+        count=options.frames,
+        min_frames=options.frames,
+        rule="middle",
+        **normal,
+    )
+    changes = {
+        "modality": "video",
+        "graph": f"{VISION}-video",
+        "marker": "<video>",
+        "candidates": options.frames * rows * rows,
+        "pixels": frames,
+        "text": VIDEO_TEXT,
+    }
+    return [image, VisualSpec.model_validate(dict(image) | changes)]
 
 
 def canonical_name(name: str) -> str | None:

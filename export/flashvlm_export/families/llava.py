@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import LlavaConfig
 
-from flashvlm.errors import CheckpointError
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import VisualSpec
-from flashvlm.preprocess import Single
-from flashvlm_export.families.common import names, pixels, saliency
+from flashvlm.visual import VisualSpec
+from flashvlm_export.families.common import clip, names, pixels
 from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
 from flashvlm_export.families.common.text import build as build
 from flashvlm_export.families.common.text import embedding_name as embedding_name
@@ -28,26 +25,12 @@ if TYPE_CHECKING:
 NAME = "llava"
 ALIASES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
 REFUSED = {
-    "llava_next": "it cuts images into tiles",
-    "llava_next_video": "it cuts images into tiles",
     "llava_onevision": "it cuts images into tiles",
-    "video_llava": "it has a second tower, for video",
     "vipllava": "it joins the features of several vision blocks",
 }
-VISION_TYPES = ("clip_vision_model",)
 
 
 def _sizes(hidden: int, layers: int, heads: int, inter: int) -> dict[str, Any]:
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    }
     text = {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -64,7 +47,7 @@ def _sizes(hidden: int, layers: int, heads: int, inter: int) -> dict[str, Any]:
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
-        "vision_config": vision,
+        "vision_config": clip.vit_l(336),
         "text_config": text,
     }
 
@@ -79,17 +62,14 @@ class Vision(nn.Module):
     Saliency is that of the block that yields the features.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, blocks: int) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
-        self.vision_tower = model.model.vision_tower
+        self.vision_tower = clip.cut(model.model.vision_tower, model.config)
         self.multi_modal_projector = model.model.multi_modal_projector
-        # Later blocks feed nothing: LLaVA-1.5 takes its features from block -2.
-        self.vision_tower.encoder.layers = self.vision_tower.encoder.layers[:blocks]
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tower = self.vision_tower(pixel_values, output_attentions=True)
-        features = tower.last_hidden_state[:, 1:]  # [B,N,Dv], CLS dropped
-        return self.multi_modal_projector(features), features, saliency.of_cls(tower.attentions[-1])
+        features, saliency = clip.see(self.vision_tower, pixel_values)
+        return self.multi_modal_projector(features), features, saliency
 
 
 def read_config(config: dict[str, Any]) -> LlavaConfig:
@@ -101,51 +81,27 @@ def read_config(config: dict[str, Any]) -> LlavaConfig:
     parsed = LlavaConfig.from_dict(check_sections(config, NAME))
     expect(
         NAME,
-        ("vision_config.model_type", parsed.vision_config.model_type, VISION_TYPES),
+        ("vision_config.model_type", parsed.vision_config.model_type, clip.TYPES),
         ("text_config.model_type", parsed.text_config.model_type, TEXT_TYPES),
         ("vision_feature_select_strategy", parsed.vision_feature_select_strategy, ("default",)),
     )
     check_token("image_token_index", parsed.image_token_id, parsed.text_config.vocab_size)
-    vision_blocks(parsed)
+    clip.blocks(parsed)
     return parsed
 
 
-def vision_blocks(config: LlavaConfig) -> int:
-    """How many vision blocks run before the features are taken."""
-    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    if not isinstance(layer, int) or not -depth <= layer <= depth or layer == 0:
-        raise CheckpointError(f"config.json: vision_feature_layer is {layer!r}; expected one block of the {depth}")
-    return layer if layer > 0 else depth + 1 + layer
-
-
 def vision(model: LlavaForConditionalGeneration, spec: VisualSpec) -> nn.Module:
-    return Vision(model, vision_blocks(model.config))
+    return Vision(model)
 
 
 def tower_specs(config: LlavaConfig, options: VisualOptions) -> list[TowerSpec]:
     options.refuse(NAME)
-    tower, patches = config.vision_config, _side(config) ** 2
-    return [
-        TowerSpec(
-            tokens=patches + 1,  # and CLS
-            width=tower.hidden_size,
-            heads=tower.num_attention_heads,
-            intermediate=tower.intermediate_size,
-            pixels=3 * tower.image_size**2,
-            candidates=patches,
-            features=tower.hidden_size,
-        )
-    ]
-
-
-def _side(config: LlavaConfig) -> int:
-    """Patches along an edge."""
-    return config.vision_config.image_size // config.vision_config.patch_size
+    return [clip.tower_spec(config, clip.side(config) ** 2)]
 
 
 def visual_specs(config: LlavaConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
     options.refuse(NAME)
-    side = _side(config)
+    side = clip.side(config)
     return [
         VisualSpec(
             graph=VISION,
@@ -154,24 +110,9 @@ def visual_specs(config: LlavaConfig, image_processor: Any, options: VisualOptio
             grid=(side, side),
             candidates=side * side,
             feature_size=config.vision_config.hidden_size,
-            pixels=_pixels(image_processor, config.vision_config.image_size),
+            pixels=pixels.cropped(image_processor, config.vision_config.image_size),
         )
     ]
-
-
-def _pixels(p: Any, side: int) -> Single:
-    """The image processor's settings in the bundle's own terms, checked against the tower's ``side`` in pixels."""
-    size, crop = dict(p.size), dict(p.crop_size)
-    if not p.do_center_crop or "shortest_edge" not in size:
-        raise CheckpointError("preprocessor_config.json: expected resize by shortest edge and center crop")
-    if (crop["height"], crop["width"]) != (side, side):
-        raise CheckpointError(f"preprocessor_config.json: crop_size is {crop}; the vision tower takes {side} x {side}")
-    return Single(
-        resize="shortest_edge",
-        size=(size["shortest_edge"], size["shortest_edge"]),
-        crop=(side, side),
-        **pixels.normalisation(p),
-    )
 
 
 def canonical_name(name: str) -> str | None:
@@ -179,8 +120,4 @@ def canonical_name(name: str) -> str | None:
 
 
 def is_unused(config: LlavaConfig, name: str) -> bool:
-    """The tower behind the block the features come from, and its final norm."""
-    block = re.match(r"model\.vision_tower\.encoder\.layers\.(\d+)\.", name)
-    if block:
-        return int(block[1]) >= vision_blocks(config)
-    return name.startswith("model.vision_tower.post_layernorm.")
+    return clip.is_behind(config, name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig
 
 from flashvlm.errors import CheckpointError
-from flashvlm.manifest import VisualSpec
+from flashvlm.visual import VisualSpec
 from flashvlm_export.config_bounds import refuse_unlike_attention
 from flashvlm_export.families.common import axes, names, patches, saliency, text
 from flashvlm_export.families.common.text import check_token, expect

@@ -71,6 +71,19 @@ def onnx_lloyd(
 # --- modules -------------------------------------------------------------------------------------------------------
 
 
+class WithoutSaliency(nn.Module):
+    """A vision module whose saliency, which nothing will read, is zero: what computed it is not traced."""
+
+    def __init__(self, vision: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        image_tokens, features, _, *streams = self.vision(*inputs)
+        # Not zeros_like: that would ask saliency for its shape.
+        return image_tokens, features, torch.zeros(image_tokens.shape[:2]), *streams
+
+
 class Select(nn.Module):
     """image_tokens [B,N,D], features [B,N,Dv], saliency [B,N], valid [B,N], query_embeds [B,L,D], query_mask [B,L],
     streams [B,N,Ds] -> visual_embeds [B,K,D], kept [B,K], is_top [B,K], scores [B,N], streams [B,K,Ds]."""

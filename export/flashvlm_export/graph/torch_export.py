@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import warnings
@@ -16,11 +17,39 @@ from torch import Tensor, nn
 
 def to_ir(module: nn.Module, examples: tuple[Tensor, ...], shapes: tuple[Any, ...], opset: int) -> ir.Model:
     """One input for each example; ``shapes`` names the dimensions of each that vary, by their index."""
-    with torch.no_grad():
+    with torch.no_grad(), _one_registry():
         program = torch.export.export(module, examples, dynamic_shapes=_varargs(module, shapes), strict=False)
         exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=opset, verbose=False)
     assert exported is not None
     return exported.model
+
+
+@contextlib.contextmanager
+def _one_registry() -> Iterator[None]:
+    """torch.onnx.export reads its 500 translations of operators anew at each call, half of a small graph's time; here
+    they are read once a process. Only within this context, as other callers may add translations to theirs.
+    """
+    owner, theirs, once = _registry()
+    if owner is None:
+        yield
+        return
+    owner.from_torchlib = once
+    try:
+        yield
+    finally:
+        owner.from_torchlib = theirs
+
+
+@functools.cache
+def _registry() -> tuple[Any, Any, Any]:
+    """The class of torch's registry, the method that fills one, and that method with a memory."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        theirs = ONNXRegistry.__dict__["from_torchlib"]
+    except (ImportError, KeyError):  # private to torch: where it has moved, an export is slower and no worse
+        return None, None, None
+    return ONNXRegistry, theirs, staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 def _varargs(module: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:

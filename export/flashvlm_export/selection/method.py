@@ -131,6 +131,10 @@ class Method:
         """What this method reads of the parameters, by name."""
         return {name: getattr(params, name) for name in self.params}
 
+    def reads_saliency(self, params: SelectionParams) -> bool:
+        """Whether saliency decides anything: not where the question alone does."""
+        return "saliency" in self.reads and not ("eta" in self.params and params.eta == 1)
+
     def refuse_unread(self, params: SelectionParams, spell: Callable[[str], str] = str) -> None:
         """Refuses parameters that were changed for nothing.
 

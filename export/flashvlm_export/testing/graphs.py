@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from flashvlm.graph_io import VISION, select_graph, select_io
-from flashvlm.manifest import Dtypes, ModelSpec, VisualSpec
-from flashvlm.preprocess import Single
+from flashvlm.manifest import Dtypes, ModelSpec
+from flashvlm.tilings import Single
+from flashvlm.visual import VisualSpec
 from flashvlm_export.graph.modules import Graph, Select
 from flashvlm_export.selection import METHODS, SelectionParams
 

@@ -102,13 +102,16 @@ def english(lines: int) -> Iterator[str]:
         yield re.sub(r"\{(\w)\}", lambda slot: fillers[slot[1]](), rng.choice(_TEMPLATES))
 
 
-def make_tokenizer(text_tokens: int, max_length: int, corpus: Iterable[str] | None = None) -> Any:
+def make_tokenizer(
+    text_tokens: int, max_length: int, corpus: Iterable[str] | None = None, visual: Sequence[str] = ("image",)
+) -> Any:
     """Train a byte-fallback BPE with Llama's conventions.
 
     Args:
-        text_tokens: its size before ``<image>`` and ``<pad>``, which take the next two ids.
+        text_tokens: its size before ``<image>`` and ``<pad>``, which take the next ids.
         max_length: the longest input it declares.
         corpus: lines to learn the pieces from; invented English if not given.
+        visual: what has a token of its own: ``<image>``, ``<video>``.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import AddedToken, LlamaTokenizer
@@ -128,7 +131,9 @@ def make_tokenizer(text_tokens: int, max_length: int, corpus: Iterable[str] | No
         merges=[tuple(pair) for pair in model["merges"]],
         add_bos_token=True,
         model_max_length=max_length,
-        extra_special_tokens={"image_token": AddedToken("<image>", normalized=False, special=True)},
+        extra_special_tokens={
+            f"{kind}_token": AddedToken(f"<{kind}>", normalized=False, special=True) for kind in visual
+        },
     )
     tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", normalized=False, special=True)})
     return tokenizer

@@ -12,6 +12,7 @@ from flashvlm.cli import support
 
 if TYPE_CHECKING:
     from flashvlm.answers import Answer, Stream
+    from flashvlm.encoder import Selection
     from flashvlm.pipeline import Pipeline
 
 
@@ -39,9 +40,11 @@ def to_json(answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "image_tokens": answer.image_tokens,
         "new_tokens": len(answer.token_ids),
-        "images": [
-            {"tokens": selection.count, "kept": selection.kept.tolist(), "is_top": selection.is_top.tolist()}
+        "images": [_to_json(selection) for selection in answer.selections if selection.grid.clip is None],
+        "videos": [
+            {**_to_json(selection), "frames": [*clip.indices], "fps": clip.fps}
             for selection in answer.selections
+            if (clip := selection.grid.clip) is not None
         ],
         "milliseconds": {
             "preprocess": round(timings.preprocess, 3),
@@ -51,6 +54,10 @@ def to_json(answer: Answer) -> dict[str, Any]:
             "decode": [round(step, 3) for step in timings.decode],
         },
     }
+
+
+def _to_json(selection: Selection) -> dict[str, Any]:
+    return {"tokens": selection.count, "kept": selection.kept.tolist(), "is_top": selection.is_top.tolist()}
 
 
 def print_stats(pipeline: Pipeline, answer: Answer) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flashvlm.budget import Budget
     from flashvlm.images import ImageSource
     from flashvlm.pipeline import Pipeline
+    from flashvlm.videos import Video
 
 PROMPT = "> "
 # What arrow, home and function keys send where no readline takes them: CSI and SS3 sequences of ECMA-48.
@@ -29,6 +30,7 @@ KEYS = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.)")
 def chat(
     pipeline: Pipeline,
     images: Sequence[ImageSource],
+    videos: Sequence[Video],
     budget: Budget | None,
     reselect: bool,
     system: str | None,
@@ -40,7 +42,9 @@ def chat(
     Ctrl-C during an answer ends that answer, which joins the conversation as far as it came; at the prompt it raises
     KeyboardInterrupt, as in any command.
     """
-    conversation = pipeline.conversation(images or None, budget=budget, reselect=reselect, system=system)
+    conversation = pipeline.conversation(
+        images or None, video=videos or None, budget=budget, reselect=reselect, system=system
+    )
     typer.echo("Ask; Ctrl-C stops an answer, an empty line or Ctrl-D ends.", err=True)
     while (question := _read()) is not None:
         _answer(pipeline, partial(conversation.stream, question, **options), stats)

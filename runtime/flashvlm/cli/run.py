@@ -1,4 +1,4 @@
-"""flashvlm-run: ask a bundle about an image, once or in a conversation."""
+"""flashvlm-run: ask a bundle about images and videos, once or in a conversation."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def run(
             help="Image file, or - for stdin; repeat it for several, leave out for text alone.",
         ),
     ] = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Video file, or - for stdin; repeat it for several. They follow the images."),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="The question, or - to read it from stdin; leave out to chat.")
     ] = None,
@@ -53,7 +57,10 @@ def run(
         ),
     ] = True,
     revision: Annotated[str | None, typer.Option(help="Of a bundle on the Hub: branch, tag or commit.")] = None,
-    show: Annotated[Path | None, typer.Option(help="Write a picture of the kept patches, such as kept.png.")] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(help="Write a picture of the kept patches, such as kept.png; of a second image, kept-2.png."),
+    ] = None,
     json_output: options.Json = False,
     stats: Annotated[bool, typer.Option("--stats", help="Add a table of tokens and milliseconds a stage.")] = False,
     backend: options.Backend = "auto",
@@ -65,18 +72,20 @@ def run(
     verify: options.Verify = True,
     version: options.Version = False,
 ) -> None:
-    """Ask a bundle a question about an image."""
+    """Ask a bundle a question about images or videos."""
     from flashvlm.cli.answers import print_answer, print_stats, to_json
-    from flashvlm.cli.show import check_show, save_picture
+    from flashvlm.cli.show import check_show, save_pictures
+    from flashvlm.videos import load_video
 
-    sources = image or []
-    _check_stdin(sources, prompt)
+    sources, clips = image or [], video or []
+    _check_stdin(sources, clips, prompt)
     keep = None if budget is None else parse_budget(budget)
     if show is not None:
-        check_show(show, sources)
+        check_show(show, [*sources, *clips])
     if prompt is None and (json_output or show is not None):
         raise PromptError("--json and --show need a --prompt")
     images: list[ImageSource] = [support.read_stdin("--image -") if name == "-" else name for name in sources]
+    videos = [load_video(support.read_stdin("--video -") if name == "-" else name) for name in clips]
     question = support.read_stdin_text("--prompt -") if prompt == "-" else prompt
 
     from flashvlm.pipeline import Pipeline
@@ -106,22 +115,23 @@ def run(
     if question is None:
         from flashvlm.cli.chat import chat
 
-        chat(pipeline, images, keep, reselect, system, sampling, stats)
+        chat(pipeline, images, videos, keep, reselect, system, sampling, stats)
         return
-    talk = pipeline.conversation(images or None, budget=keep, system=system)
+    talk = pipeline.conversation(images or None, video=videos or None, budget=keep, system=system)
     answer = print_answer(lambda: talk.stream(question, **sampling), silent=json_output)
     if show is not None:
-        save_picture(pipeline, images[0], question, answer, show)
+        save_pictures(pipeline, [*images, *videos], question, answer, show)
     if json_output:
         typer.echo(json.dumps({**to_json(answer), "backend": asdict(pipeline.backend)}))
     if stats:
         print_stats(pipeline, answer)
 
 
-def _check_stdin(images: list[str], prompt: str | None) -> None:
+def _check_stdin(images: list[str], videos: list[str], prompt: str | None) -> None:
     """One thing is read from stdin at most."""
-    reading = ["--image -"] * images.count("-") + (["--prompt -"] if prompt == "-" else [])
-    if "-" in images and prompt is None:
+    reading = ["--image -"] * images.count("-") + ["--video -"] * videos.count("-")
+    reading += ["--prompt -"] if prompt == "-" else []
+    if reading and prompt is None:
         reading.append("a conversation")
     if len(reading) > 1:
         raise PromptError(f"{reading[0]} and {reading[1]} both read stdin; give one of them another way")

@@ -8,14 +8,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from flashvlm.budget import Budget, tokens_kept
+from flashvlm.budget import Budget
 from flashvlm.bundle import Bundle
 from flashvlm.encoder import nearest
 from flashvlm.errors import PromptError
-from flashvlm.manifest import PROCESSOR, Manifest, VisualSpec
+from flashvlm.manifest import PROCESSOR, Manifest
 from flashvlm.preprocess import Grid, grid_of
 from flashvlm.prompt import Arrangement, arrange, expand
 from flashvlm.text.processor import RUN, EncodedPrompt, TextProcessor
+from flashvlm.visual import VisualSpec
 
 PHOTO = (640, 480)  # pixels, width and height; preprocessing resizes it
 WORDS = ["what", "is", "in", "this", "picture", "and", "where", "are", "the", "people", "who", "stand", "near", "it"]
@@ -36,7 +37,8 @@ def synthetic_prompt(bundle: Bundle, tokens: int, photo: tuple[int, int] = PHOTO
 
     def encode(question: str) -> EncodedPrompt:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return text.encode([{"role": "user", "content": content}], bundle.manifest.placeholders, [seen.text])
+        messages = [{"role": "user", "content": content}]
+        return text.encode(messages, bundle.manifest.placeholders, [seen.text], bundle.manifest.markers)
 
     def size(question: str) -> int:
         return len(encode(question).input_ids) - seen.runs
@@ -82,13 +84,13 @@ class SyntheticSight(NamedTuple):
 
     def tokens(self, budget: Budget) -> int:
         """Visual tokens that go to the language model."""
-        return tokens_kept(budget, self.arrangement.count)
+        return self.spec.kept_of(self.arrangement.count, self.grid.units, budget)
 
 
 def synthetic_sight(manifest: Manifest, photo: tuple[int, int] = PHOTO) -> SyntheticSight:
     """``photo``: its size in pixels, width and height."""
     size = photo[1], photo[0]
-    spec = nearest(manifest.visual, size)
+    spec = nearest(manifest, "image", size)
     grid = grid_of(size, spec.pixels)
     return SyntheticSight(spec, grid, arrange(spec, grid))
 

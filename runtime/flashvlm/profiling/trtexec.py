@@ -30,7 +30,7 @@ from flashvlm.profiling.measure import (
 )
 from flashvlm.profiling.synthetic import SyntheticSight, synthetic_sight
 from flashvlm.profiling.trtexec_json import read_layer_nodes, read_profile, read_times, sum_by_path
-from flashvlm.prompt import Item, Prompt, layout
+from flashvlm.prompt import Item, Prompt, layout, select_rows
 from flashvlm.text.processor import EncodedPrompt
 
 Stage = Literal["vision", "select", "prefill", "decode", "fused"]
@@ -124,16 +124,17 @@ def jobs(bundle: Bundle, options: ProfileOptions, prompt: EncodedPrompt, engines
                 f"{capacity} and {flags.max_query}: ask for fewer, or build with: "
                 + engines.rebuild(max_seq=max(longest, capacity), max_query=max(query, flags.max_query))
             )
-    valid = {"valid": seen.arrangement.valid[None]}
-    asked: dict[str, np.ndarray] = {"query_mask": np.ones((1, query), np.bool_)}
+    valid = select_rows(seen.spec, seen.grid, seen.arrangement.valid)
+    asked: dict[str, np.ndarray] = {"query_mask": np.ones((len(valid), query), np.bool_)}
     order = {"order": seen.arrangement.order} if seen.spec.tiled else {}
     found = [Job(graph, "vision", None, graph, {"units": seen.grid.units} if order else {"batch": 1}, order)]
     for budget in budgets:
         placed = prompts[budget]
         length = placed.position_ids.shape[1]
-        if budget != ALL and budget < seen.arrangement.count:
-            name, sizes = select_graph(graph, budget), {"batch": 1, "query": query}
-            found.append(Job(name, "select", budget, name, sizes, valid | asked))
+        if budget != ALL and seen.tokens(budget) < seen.arrangement.count:
+            name, rows = select_graph(graph, budget), "units" if seen.spec.scope == "unit" else "batch"
+            sizes = {rows: len(valid), "query": query}
+            found.append(Job(name, "select", budget, name, sizes, {"valid": valid, **asked}))
         later = np.full_like(placed.position_ids[:, :1], placed.next_position + new_tokens // 2)  # [A,1]
         steps: tuple[tuple[Stage, str, int, np.ndarray], ...]
         steps = (

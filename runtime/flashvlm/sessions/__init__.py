@@ -129,7 +129,10 @@ class Session(Protocol):
         query_embeds: np.ndarray,
         query_mask: np.ndarray,
     ) -> list[Selected]:
-        """One question an image: valid bool [B,N], query_embeds [B,L,D], query_mask bool [B,L]."""
+        """One question an image: valid bool [B,N], query_embeds [B,L,D], query_mask bool [B,L].
+
+        Of scope unit, [U,n], [U,L,D] and [U,L]: a question a unit of the one image, whose features are not copied.
+        """
 
     def assemble(self, rows: Sequence[Sequence[Segment]]) -> Mapping[str, Array]:
         """Rows of segments, from the host or of this session -> inputs_embeds [B,S,D] and every stream [B,S,Ds], with

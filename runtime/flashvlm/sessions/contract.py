@@ -36,6 +36,10 @@ def _row(array: Array, item: int) -> Array:
     return array[item]
 
 
+def _rows(array: Array, start: int, stop: int) -> Array:
+    return array[start:stop]
+
+
 def features_of(outputs: Mapping[str, Array], row: Callable[[Array, int], Array] = _row) -> list[ImageFeatures]:
     """What a vision graph gives, [B,...] each -> features of each image."""
     streams = {name: array for name, array in outputs.items() if name not in ("image_tokens", "features", "saliency")}
@@ -50,29 +54,42 @@ def features_of(outputs: Mapping[str, Array], row: Callable[[Array, int], Array]
     ]
 
 
-def select_inputs(images: Sequence[ImageFeatures]) -> dict[str, list[Array]]:
-    """What a selection graph takes of vision: one array an image for each input, to be stacked."""
-    own = {
-        "image_tokens": [image.image_tokens for image in images],
-        "features": [image.features for image in images],
-        "saliency": [image.saliency for image in images],
-    }
-    return own | {name: [image.streams[name] for image in images] for name in images[0].streams}
+def select_inputs(
+    images: Sequence[ImageFeatures],
+    valid: np.ndarray,
+    stack: Callable[[list[Array]], Array],
+    rows: Callable[[Array, int, int], Array] = _rows,
+) -> dict[str, Array]:
+    """What a selection graph takes of vision: [R,n,...] each, for valid bool [R,n], whose rows are the images, or the
+    units of each image (then [n,...] of R / B units stand one after another in its features)."""
+    names = ("image_tokens", "features", "saliency", *images[0].streams)
+    each = [
+        {"image_tokens": image.image_tokens, "features": image.features, "saliency": image.saliency, **image.streams}
+        for image in images
+    ]
+    tokens = valid.size // len(images)
+    stacked = {name: stack([rows(image[name], 0, tokens) for image in each]) for name in names}
+    return {name: array.reshape(*valid.shape, *array.shape[2:]) for name, array in stacked.items()}
 
 
 def selected_of(
-    outputs: Mapping[str, Array], streams: Sequence[str], row: Callable[[Array, int], Array] = _row
+    outputs: Mapping[str, Array], streams: Sequence[str], images: int, row: Callable[[Array, int], Array] = _row
 ) -> list[Selected]:
-    """What a selection graph gives, [B,...] each -> what is kept of each image. kept, is_top and scores are host's."""
+    """What a selection graph gives, [R,...] each -> what is kept of each image, the rows of its units put together.
+    kept, is_top and scores are host's."""
+    rows, n = outputs["scores"].shape
+    units = rows // images
+    whole = {name: a.reshape(images, units * a.shape[1], *a.shape[2:]) for name, a in outputs.items()}
+    first = n * np.arange(units).repeat(outputs["kept"].shape[1])  # token of the unit that each is kept of
     return [
         Selected(
-            visual_embeds=row(outputs["visual_embeds"], b),
-            kept=outputs["kept"][b],
-            is_top=outputs["is_top"][b],
-            scores=outputs["scores"][b],
-            streams={name: row(outputs[visual_stream(name)], b) for name in streams},
+            visual_embeds=row(whole["visual_embeds"], b),
+            kept=whole["kept"][b] + first,
+            is_top=whole["is_top"][b],
+            scores=whole["scores"][b],
+            streams={name: row(whole[visual_stream(name)], b) for name in streams},
         )
-        for b in range(outputs["scores"].shape[0])
+        for b in range(images)
     ]
 
 

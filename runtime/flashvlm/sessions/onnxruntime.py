@@ -82,9 +82,9 @@ class OnnxRuntimeSession:
         query_embeds: np.ndarray,
         query_mask: np.ndarray,
     ) -> list[Selected]:
-        inputs = {name: np.stack(arrays) for name, arrays in select_inputs(images).items()}
+        inputs = select_inputs(images, valid, _stack)
         question = {"valid": valid, "query_embeds": query_embeds, "query_mask": query_mask}
-        return selected_of(self._graph(graph).run(inputs | question), [*images[0].streams])
+        return selected_of(self._graph(graph).run(inputs | question), [*images[0].streams], len(images))
 
     def assemble(self, rows: Sequence[Sequence[Segment]]) -> dict[str, np.ndarray]:
         lengths = [sum(map(len, row)) for row in rows]
@@ -184,6 +184,11 @@ class OnnxRuntimeSession:
                 f"NVIDIA driver are missing or of another version; run on the CPU with --provider cpu"
             )
         return session
+
+
+def _stack(arrays: list[np.ndarray]) -> np.ndarray:
+    """[...] each -> [B,...]; one array is not copied."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
 def _place(rows: np.ndarray, new: np.ndarray, cache_position: np.ndarray) -> None:

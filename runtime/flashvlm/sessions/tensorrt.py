@@ -117,12 +117,12 @@ class TensorRTSession:
         query_mask: np.ndarray,
     ) -> list[Selected]:
         question = {"valid": valid, "query_embeds": query_embeds, "query_mask": query_mask}
-        inputs = {name: stack(self._cuda, arrays) for name, arrays in select_inputs(images).items()}
+        inputs = select_inputs(images, valid, functools.partial(stack, self._cuda), DeviceArray.rows)
         inputs |= {name: self._upload(array) for name, array in question.items()}
-        out = self._run(graph, inputs, {"batch": len(images)})
+        out = self._run(graph, inputs, {"batch": len(valid), "units": len(valid)})
         host = {name: self._cuda.download(out[name]) for name in ("kept", "is_top", "scores")}
         self._cuda.synchronize()
-        return selected_of(out | host, [*images[0].streams], DeviceArray.row)
+        return selected_of(out | host, [*images[0].streams], len(images), DeviceArray.row)
 
     @_one_at_a_time
     def assemble(self, rows: Sequence[Sequence[Segment]]) -> dict[str, DeviceArray]:

@@ -28,7 +28,7 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 MAX_CHARACTERS = 400_000
 MAX_PARTS = 1000  # of all messages: each text of the last one is rendered on its own, too
 
-RUN = "{v}"  # in what stands for an image: a run of visual tokens
+RUN = "{v}"  # in what stands for an image or video: a run of visual tokens
 
 # At most 3 bytes of a character can be missing, and the 4 of the one before are decoded with them: a longer
 # run of replacement characters will never become text.
@@ -42,18 +42,21 @@ class EncodedPrompt:
     input_ids      int64 [T]
     question_mask  bool [T]: the tokens of the last user message's text
     text_mask      bool [T]: all tokens but placeholders and control tokens (BOS, turn markers)
+    order          which image or video of the messages is the first, second, ... of the prompt: some templates write
+                   all images before all videos
     """
 
     input_ids: np.ndarray
     question_mask: np.ndarray
     text_mask: np.ndarray
+    order: tuple[int, ...] = ()
 
 
 class TextProcessor:
     """The tokenizer and chat template of one model.
 
-    Messages are `{"role": ..., "content": ...}`, where content is a string or a list of `{"type": "image"}`
-    and `{"type": "text", "text": ...}`.
+    Messages are `{"role": ..., "content": ...}`, where content is a string or a list of `{"type": "image"}`,
+    `{"type": "video"}` and `{"type": "text", "text": ...}`.
     """
 
     def __init__(
@@ -104,7 +107,11 @@ class TextProcessor:
         return self._render(_plain(messages), add_generation_prompt)
 
     def encode(
-        self, messages: Sequence[Message], placeholders: Mapping[str, str | int], visuals: Sequence[str] | None = None
+        self,
+        messages: Sequence[Message],
+        placeholders: Mapping[str, str | int],
+        visuals: Sequence[str] | None = None,
+        markers: Mapping[str, str] | None = None,
     ) -> EncodedPrompt:
         """Messages -> ids and masks.
 
@@ -112,24 +119,33 @@ class TextProcessor:
         rendered BOS: transformers' `apply_chat_template(tokenize=True)` of a processor decides the same way.
 
         Args:
-            placeholders: of each modality, such as "image": the token that stands for one, as text or id.
-            visuals: what stands in the prompt for each image of the messages, in their order: a text with one
-                ``{v}`` for each run of its visual tokens. None: one run each.
+            placeholders: of each modality, such as "image": the token that stands for a run of visual tokens, as
+                text or id.
+            visuals: what stands in the prompt for each image or video of the messages, in their order: a text with
+                one ``{v}`` for each run of its visual tokens. None: one run each.
+            markers: of modalities for which the template writes another text than the placeholder: that text.
 
         Raises PromptError if there is no question, if a message's text contains a control token such as
         `<image>` or `</s>` (the tokenizer would take it for a real one), or if the number of placeholders
-        is not the number of images in the messages.
+        is not the number of images and videos in the messages.
         """
         tokens = {modality: self._token_id(token) for modality, token in placeholders.items()}
+        names = {modality: self._name(token) for modality, token in tokens.items()}
+        marks = names | dict(markers or {})
+        what = " and ".join(names)
         plain = _plain(messages)
-        self._refuse_control_tokens(plain, tokens.values())
+        self._refuse_control_tokens(plain, tokens.values(), marks.values())
         text = self._render(plain, True)
-        shown = [part["type"] for message in plain for part in message["content"] if part["type"] in tokens]
-        names = [self._name(tokens[modality]) for modality in shown]
+        shown = [part["type"] for message in plain for part in message["content"] if part["type"] != "text"]
+        if unknown := [modality for modality in shown if modality not in tokens]:
+            raise PromptError(f"messages: expected text and parts of type {what}, found {unknown[0]}")
         if visuals is None:
-            visuals = [RUN] * len(names)
-        every = [self._name(token) for token in tokens.values()]
-        text, spans = _expanded(text, self._question_spans(plain, text), every, names, visuals)
+            visuals = [RUN] * len(shown)
+        items = [
+            (marks[modality], visual.replace(RUN, names[modality]))
+            for modality, visual in zip(shown, visuals, strict=True)
+        ]
+        text, spans, order = _expanded(text, self._question_spans(plain, text), {*marks.values()}, items, what)
 
         bos = self.named_tokens.get("bos_token")
         encoding = self._tokenize(text, add_special_tokens=not (bos and text.startswith(bos)))
@@ -141,14 +157,14 @@ class TextProcessor:
         runs = sum(visual.count(RUN) for visual in visuals)
         if (found := int(np.isin(ids, [*tokens.values()]).sum())) != runs:
             raise PromptError(
-                f"expected {runs} image placeholders among the tokens of the prompt, found {found}; "
+                f"expected {runs} {what} placeholders among the tokens of the prompt, found {found}; "
                 "check the chat template"
             )
         if not question.any():
             raise PromptError("expected a question, found no token in the last user message; ask something")
         added = np.array(encoding.special_tokens_mask, dtype=bool)
         control = np.isin(ids, [*self._control, *tokens.values()])
-        return EncodedPrompt(ids, question, ~(added | control))
+        return EncodedPrompt(ids, question, ~(added | control), order)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Token ids -> text. Ids outside the vocabulary (padding of the embedding table) are left out."""
@@ -183,7 +199,9 @@ class TextProcessor:
         """A token of the vocabulary as text."""
         return str(self.tokenizer.id_to_token(token))
 
-    def _refuse_control_tokens(self, messages: list[dict[str, Any]], placeholders: Iterable[int]) -> None:
+    def _refuse_control_tokens(
+        self, messages: list[dict[str, Any]], placeholders: Iterable[int], marks: Iterable[str]
+    ) -> None:
         """A control token in someone's text would end the turn or stand for an image that is not there.
 
         The parts of a message are tokenized together: a template may join `<ima` and `ge>`.
@@ -191,12 +209,13 @@ class TextProcessor:
         control = self._control | {token: self.tokenizer.id_to_token(token) for token in placeholders}
         for number, message in enumerate(messages):
             text = "".join(part.get("text", "") for part in message["content"])
-            for i in self._tokenize(text, add_special_tokens=False).ids:
-                if i in control:
-                    raise PromptError(
-                        f"message {number} ({message['role']}): expected plain text, found the control token "
-                        f"{control[i]}; remove it or write it with spaces"
-                    )
+            ids = self._tokenize(text, add_special_tokens=False).ids
+            found = [control[i] for i in ids if i in control] or [mark for mark in marks if mark in text]
+            if found:
+                raise PromptError(
+                    f"message {number} ({message['role']}): expected plain text, found the control token "
+                    f"{found[0]}; remove it or write it with spaces"
+                )
 
     def _question_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
         """Where, in `text`, the rendered parts of the last user message are: (start, end) in characters.
@@ -263,25 +282,31 @@ class TextStream:
 
 
 def _expanded(
-    text: str, spans: list[tuple[int, int]], placeholders: list[str], expected: list[str], visuals: Sequence[str]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text with each placeholder in it replaced by what stands for its image, and where the spans are then."""
-    pattern = "|".join(map(re.escape, sorted(placeholders, key=len, reverse=True)))
-    found = list(re.finditer(pattern, text)) if placeholders else []
-    if [match[0] for match in found] != expected:
+    text: str, spans: list[tuple[int, int]], marks: Iterable[str], items: Sequence[tuple[str, str]], what: str
+) -> tuple[str, list[tuple[int, int]], tuple[int, ...]]:
+    """The text with the mark of each item in it replaced by what stands for it, where the spans are then, and which
+    items they are.
+
+    ``items``: mark and replacement of each, in order among those of one mark. ``what`` they are, for messages.
+    """
+    pattern = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
+    found = list(re.finditer(pattern, text)) if pattern else []
+    if sorted(match[0] for match in found) != sorted(mark for mark, _ in items):
         raise PromptError(
-            f"expected {len(expected)} image placeholders in the prompt, one for each image of the messages, "
-            f"found {len(found)}; check the chat template and which roles have images"
+            f"expected {len(items)} {what} placeholders in the prompt, one for each {what.replace('and', 'or')} of the "
+            f"messages, found {len(found)}; check the chat template and which roles have images"
         )
+    waiting = {mark: [i for i, item in enumerate(items) if item[0] == mark] for mark, _ in items}
+    order = tuple(waiting[match[0]].pop(0) for match in found)
     pieces, moved, done = [], [[*span] for span in spans], 0
-    for match, name, visual in zip(found, expected, visuals, strict=True):
-        new = visual.replace(RUN, name)
+    for match, item in zip(found, order, strict=True):
+        mark, new = items[item]
         pieces += [text[done : match.start()], new]
         done = match.end()
         for new_span, span in zip(moved, spans, strict=True):
             for i, end in enumerate(span):
-                new_span[i] += len(new) - len(name) if end >= done else 0
-    return "".join([*pieces, text[done:]]), [(start, end) for start, end in moved]
+                new_span[i] += len(new) - len(mark) if end >= done else 0
+    return "".join([*pieces, text[done:]]), [(start, end) for start, end in moved], order
 
 
 def _read(path: Path) -> bytes:
@@ -351,11 +376,11 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _plain_part(part: Any, number: int) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if kind == "image":
-        return {"type": "image"}
+    if kind in ("image", "video"):
+        return {"type": kind}
     text = part.get("text") if kind == "text" else None
     if not isinstance(text, str):
-        raise PromptError(f"message {number}: expected parts of type image, or text with a text, found {kind}")
+        raise PromptError(f"message {number}: expected parts of type image or video, or text with a text, found {kind}")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -17,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.graph_io import VISION
-from flashvlm.manifest import VisualSpec
-from flashvlm.preprocess import Single
+from flashvlm.tilings import Single
+from flashvlm.visual import VisualSpec
 from flashvlm_export.families.common import pixels
 from flashvlm_export.families.contract import TowerSpec, VisualOptions
 

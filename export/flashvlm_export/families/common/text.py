@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, MistralConfig
 
 from flashvlm.errors import CheckpointError
 from flashvlm_export.config_bounds import refuse_unlike_attention
@@ -28,8 +28,14 @@ def check_sections(config: dict[str, Any], family: str) -> dict[str, Any]:
             raise CheckpointError(f"config.json: {part} is {found}; family {family} has an object there")
     refuse_quantized(config)
     text = settle_rope(config["text_config"])
-    refuse_unlike_attention(text, "text_config")
+    refuse_unlike_attention(_with_window(text), "text_config")
     return {**config, "text_config": text}
+
+
+def _with_window(text: dict[str, Any]) -> dict[str, Any]:
+    """A Mistral whose ``config.json`` names no window has one in transformers."""
+    defaults = MistralConfig().to_dict() if text.get("model_type") == "mistral" else {}
+    return {**{key: defaults[key] for key in ("sliding_window", "max_position_embeddings") if key in defaults}, **text}
 
 
 def refuse_quantized(config: dict[str, Any]) -> None:
