@@ -35,6 +35,7 @@ INTEGERS: Ranges = {
     "video_token_index": (0, (1 << 22) - 1),
     "depth": (1, 512),
     "num_heads": (1, 1 << 10),
+    "num_position_embeddings": (1, 1 << 20),
     "out_hidden_size": (1, 1 << 16),
     "in_channels": (1, 64),
     "in_chans": (1, 64),

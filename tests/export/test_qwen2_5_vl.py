@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 from family_proof import Reference, published
-from sized_proof import SizedProof
+from sized_proof import SizedProof, renamed_by_transformers
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.vision_utils import get_vision_window_index
 
 from flashvlm.errors import CheckpointError, FlashVLMError
@@ -135,12 +133,11 @@ def test_parameters_are_as_many_as_published(model: str, parameters: int) -> Non
 def test_names_are_renamed_as_transformers_does() -> None:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(qwen2_5_vl.read_config(TINY))
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
     preset: Any = PRESETS["tiny-qwen2.5-vl"]
     modules = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     for name in modules:
         for stored in (preset.rename(name), name):
-            assert qwen2_5_vl.canonical_name(stored) == rename_source_key(stored, renamings, [])[0] == name
+            assert qwen2_5_vl.canonical_name(stored) == renamed_by_transformers(model, stored) == name
     assert qwen2_5_vl.canonical_name("visual.rotary_pos_emb.inv_freq") is None
 
 

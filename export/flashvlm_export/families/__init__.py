@@ -25,7 +25,6 @@ REFUSED = {
     "gemma4": _WINDOWS,
     "paligemma": "its mask is not causal in an image and the question",
     "qwen2_vl": "its tower has other blocks than Qwen2.5-VL's",
-    "qwen3_vl_moe": _EXPERTS,
     "qwen3_5": "some of its layers are no attention but a recurrence",
     "qwen3_5_moe": _EXPERTS,
     "kimi_vl": _EXPERTS,

@@ -170,11 +170,7 @@ def read_config(config: dict[str, Any]) -> Qwen2_5_VLConfig:
             f"config.json: vision_config.window_size is {tower.window_size}; expected a multiple of "
             f"{tower.patch_size * tower.spatial_merge_size} pixels, the edge of a visual token"
         )
-    whole = tower.fullatt_block_indexes
-    if not whole or not all(isinstance(i, int) and 0 <= i < tower.depth for i in whole):
-        raise CheckpointError(
-            f"config.json: vision_config.fullatt_block_indexes is {whole!r}; expected some of the {tower.depth} blocks"
-        )
+    patches.check_blocks("fullatt_block_indexes", tower)
     return parsed
 
 

@@ -82,6 +82,15 @@ def check_tower(family: str, tower: Any, hidden: int) -> None:
         )
 
 
+def check_blocks(name: str, tower: Any) -> None:
+    """Raises CheckpointError unless a setting names some of the tower's blocks."""
+    blocks = getattr(tower, name)
+    if not blocks or not all(isinstance(i, int) and 0 <= i < tower.depth for i in blocks):
+        raise CheckpointError(
+            f"config.json: vision_config.{name} is {blocks!r}; expected some of the {tower.depth} blocks, from 0"
+        )
+
+
 def tower_specs(tower: Any, patches: Patches) -> list[TowerSpec]:
     specs = []
     for size in patches.sizes:
