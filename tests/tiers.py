@@ -21,6 +21,7 @@ TIERS = {
     "export/test_demo_model.py": "parity",
     "export/test_every_method.py": "parity",
     "export/test_export_refusals.py": "commands",
+    "export/test_visual_flags.py": "commands",
     "export/test_internvl.py": "parity",
     "export/test_llava.py": "parity",
     "export/test_parity.py": "parity",

@@ -125,14 +125,6 @@ FLAGS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--max-seq", "few"], ("--max-seq", "valid integer")),
     (["--colour", "red"], ("No such option: --colour", "flashvlm-export --help")),
     (["another"], ("unexpected extra argument", "another")),
-    (["--image-size", "448"], ("--image-size 448: expected HEIGHTxWIDTH", "448x672")),
-    (["--image-size", "28x28"], ("--image-size 28x28", "family llava has images of one size")),
-    (["--max-tiles", "0"], ("--max-tiles 0: expected at least 1",)),
-    (["--max-tiles", "2"], ("--max-tiles 2: family llava has no tiles",)),
-    (["--frames", "8"], ("--frames 8: family llava has no videos",)),
-    (["--budget-scope", "patch"], ("--budget-scope patch: expected image, tile, frame or video",)),
-    (["--budget-scope", "image,tile"], ("expected image or tile, found both",)),
-    (["--budget-scope", "tile"], ("--budget-scope tile: expected tiles in turn, found none",)),
 ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from flashvlm.errors import CheckpointError
-from flashvlm.manifest import VisualSpec
+from flashvlm.visual import VisualSpec
 from flashvlm_export.families.common import axes, names, patches, saliency, text
 from flashvlm_export.families.common.text import check_sections, check_token, expect
 from flashvlm_export.families.common.text import embedding_name as embedding_name
