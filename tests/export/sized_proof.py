@@ -90,7 +90,7 @@ class SizedProof(FamilyProof):
     def test_pixels(self, recorded: Recorded, reference: Reference) -> None:
         seen = set()
         for image in self.images:
-            spec = nearest(recorded.pipeline.bundle.manifest.visual, image.shape[:2])
+            spec = nearest(recorded.pipeline.bundle.manifest, "image", image.shape[:2])
             found = tile(load_image(image), spec.pixels)[0]
             theirs = reference.processor.image_processor(self.sized(image), return_tensors="np")
             _, rows, columns = theirs["image_grid_thw"][0]
