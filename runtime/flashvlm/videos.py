@@ -261,8 +261,8 @@ def _stream(name: str, source: Callable[[], BinaryIO]) -> Iterator[tuple[Any, An
         raise VideoError(f"{name}: expected a video file, found nothing there; check the path") from None
     except IsADirectoryError:
         raise VideoError(f"{name}: expected a video file, found a folder; name a file in it") from None
-    except av.error.FFmpegError as error:
-        reason = brief(error.strerror or type(error).__name__)
+    except (av.error.FFmpegError, LookupError) as error:  # LookupError: streams that begin in the middle of a file
+        reason = brief(getattr(error, "strerror", None) or one_line(error))
         raise VideoError(
             f"{name}: expected a video that can be decoded, found: {reason}; save it again: ffmpeg -i IN OUT.mp4"
         ) from None

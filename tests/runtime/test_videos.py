@@ -201,6 +201,9 @@ def test_too_few_too_many_too_large(clip: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("flashvlm.videos.MAX_FRAMES", 20)
     assert "expected at most 20 frames, found more" in refusal_of(clip, frames(1, rule="ends"))
     assert "expected at most 20 frames, found 30" in refusal_of(scene(30))
+    with monkeypatch.context() as patch:
+        patch.setattr("flashvlm.videos.MAX_FRAME", 100)  # of a frame that is larger than its header says
+        assert "expected a video that can be decoded" in refusal_of(clip)
     monkeypatch.setattr("flashvlm.videos.MAX_BYTES", 100)
     assert "expected a readable video file, found: expected at most 100 bytes" in refusal_of(clip)
 
