@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from flashvlm.errors import CheckpointError
-from flashvlm.manifest import VisualSpec
+from flashvlm.visual import VisualSpec
 from flashvlm_export.families.common import axes, names, patches, saliency, text
 from flashvlm_export.families.common.text import check_sections, check_token, expect
 from flashvlm_export.families.common.text import embedding_name as embedding_name
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 NAME = "qwen3_vl"
 ALIASES = {f"qwen3-vl-{size}": f"Qwen/Qwen3-VL-{size.upper()}-Instruct" for size in ("2b", "4b", "8b", "32b")}
 REFUSED = {"qwen3_vl_moe": "it is a mixture of experts, for which the decoder graph has no routing; take a dense one"}
-# Square, and A4 upright and across, of about as many tokens: 576, 560, 560.
-SIZES = ((768, 768), (896, 640), (640, 896))
+SIZES = ((512, 512),)  # 256 tokens, for the same reasons as Qwen2.5-VL's
 
 
 def _sizes(
