@@ -135,7 +135,7 @@ def plan(options: PlanOptions) -> Plan:
         language, towers = family.language_spec(config), family.tower_specs(config, options.visual)
     candidates = max(tower.candidates for tower in towers)
     _check(options, language, candidates)
-    parts = _parts(family, config, module, dtype)
+    parts = _parts(family, config, module, dtype, len(towers))
     vision, decoder, embedding = parts["vision"], parts["decoder"], parts["embedding"]
     selects = sum(budget <= tower.candidates for tower in towers for budget in options.budgets)
     engines = (vision.engine_bytes or 0) + (decoder.engine_bytes or 0) + SELECT_ENGINE * selects
@@ -216,7 +216,7 @@ def _dtype(options: PlanOptions, family: Family, config: dict[str, Any], where: 
     raise CheckpointError(f"{where} names no dtype; plan with --dtype float16, bfloat16 or float32")
 
 
-def _parts(family: Family, config: Any, model: nn.Module, dtype: FloatType) -> dict[str, Part]:
+def _parts(family: Family, config: Any, model: nn.Module, dtype: FloatType, towers: int) -> dict[str, Part]:
     """Where each parameter goes, as the exporter places them. A tied table is in its file, which the decoder reads."""
     names = dict(model.named_parameters())
     table = names[family.embedding_name(config)]
@@ -229,7 +229,8 @@ def _parts(family: Family, config: Any, model: nn.Module, dtype: FloatType) -> d
     if (tied := family.tied_head(config)) is not None:
         groups["decoder"].pop(tied, None)
     parts = {name: _part(group, dtype) for name, group in groups.items()}
-    for name, ratio in (("vision", VISION_ENGINE), ("decoder", DECODER_ENGINE)):
+    # Vision graphs share a file of weights, their engines do not.
+    for name, ratio in (("vision", towers * VISION_ENGINE), ("decoder", DECODER_ENGINE)):
         # An engine has a copy of its own of a table that it shares with the embeddings.
         size = parts[name].bytes + (parts["embedding"].bytes if tied and name == "decoder" else 0)
         parts[name] = parts[name].model_copy(

@@ -17,8 +17,6 @@ from family_proof import FamilyProof, Reference, without_video
 from test_parity import Recorded, picture
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from flashvlm.encoder import nearest
 from flashvlm.errors import CheckpointError
@@ -39,12 +37,6 @@ def recording(
 
 
 AttentionInterface.register("recording", recording)
-
-
-def renamed_by_transformers(model: Any, name: str) -> str:
-    """What transformers itself makes of a checkpoint's name, by a table that is no part of its interface."""
-    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    return rename_source_key(name, renamings, [])[0]
 
 
 class SizedProof(FamilyProof):

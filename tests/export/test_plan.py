@@ -17,6 +17,7 @@ from flashvlm.manifest import EMBEDDINGS
 from flashvlm.profiling.measure import kv_bytes
 from flashvlm_export.cli.export import main
 from flashvlm_export.families import configs
+from flashvlm_export.families.contract import VisualOptions
 from flashvlm_export.plan import Plan, PlanOptions, plan
 from flashvlm_export.testing.presets import llava
 from flashvlm_export.weights.layout import ALIGNMENT
@@ -77,6 +78,13 @@ def test_the_recorded_7b_export() -> None:
     # A layer of the measured decoder of two: (1072.2 MB - head - norm) / 2.
     layer = (1072209920 - 32064 * 4096 * 2) / 2
     assert found.parts["decoder"].file_bytes == pytest.approx(32 * layer + 32064 * 4096 * 2, rel=1e-4)
+
+
+def test_each_size_of_images_is_an_engine_with_the_weights_of_the_tower() -> None:
+    sizes = ((448, 448), (672, 448))
+    one, two = (plan(PlanOptions("qwen2.5-vl-3b", visual=VisualOptions(image_sizes=sizes[:n]))) for n in (1, 2))
+    assert two.parts["vision"].file_bytes == one.parts["vision"].file_bytes
+    assert two.parts["vision"].engine_bytes == pytest.approx(2 * (one.parts["vision"].engine_bytes or 0), abs=1)
 
 
 def test_a_larger_budget_costs_more_and_a_wider_dtype_twice_as_much(tiny_checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from family_proof import Reference, published
-from sized_proof import SizedProof, renamed_by_transformers
+from sized_proof import SizedProof
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.vision_utils import get_vision_window_index
@@ -19,7 +19,6 @@ from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm_export.families import family_of, qwen2_5_vl
 from flashvlm_export.families.contract import VisualOptions
 from flashvlm_export.plan import PlanOptions, plan
-from flashvlm_export.testing.presets import PRESETS
 from flashvlm_export.testing.presets.qwen2_5_vl import TINY
 
 
@@ -29,7 +28,6 @@ class TestQwen25VL(SizedProof):
     sizes = ((112, 168), (140, 84))  # 4 x 6 and 5 x 3 tokens, in windows of 2 x 2: those of the second are cut short
     patch = 14
     processor_class = Qwen2_5_VLProcessor
-    real_options = VisualOptions(image_sizes=((448, 448),))
 
     def signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
         found, weights, grid = self.tower(reference, image, block=1)  # the last whose patches see all others
@@ -130,14 +128,11 @@ def test_parameters_are_as_many_as_published(model: str, parameters: int) -> Non
     assert plan(PlanOptions(model, (64,))).parameters == parameters
 
 
-def test_names_are_renamed_as_transformers_does() -> None:
+def test_names_of_a_model_that_transformers_saved() -> None:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(qwen2_5_vl.read_config(TINY))
-    preset: Any = PRESETS["tiny-qwen2.5-vl"]
-    modules = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for name in modules:
-        for stored in (preset.rename(name), name):
-            assert qwen2_5_vl.canonical_name(stored) == renamed_by_transformers(model, stored) == name
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        assert qwen2_5_vl.canonical_name(name) == name
     assert qwen2_5_vl.canonical_name("visual.rotary_pos_emb.inv_freq") is None
 
 

@@ -26,9 +26,10 @@ REFUSED = {
     "qwen2_5_omni": "it hears and speaks; take a Qwen2.5-VL",
     "qwen2_5_omni_thinker": "it hears; take a Qwen2.5-VL",
 }
-# Square, and A4 upright and across, of about as many tokens (576, 560, 560) and whole windows of 112 pixels. Whatever
-# is between 1:2 and 2:1 changes its shape by a factor of 1.4 at most, photos and pages of print by 1.1.
-SIZES = ((672, 672), (784, 560), (560, 784))
+# Each further size is an engine with all weights of the tower, 1.37 GB in bfloat16: with one the 7B model takes 15.6 GB
+# of a device, with three 18.4 GB (``--plan``). 448 pixels are whole windows and 256 tokens. Pages of print need more of
+# both: --image-size 672x672,784x560,560x784 has some 570 tokens in three shapes.
+SIZES = ((448, 448),)
 RENAMES = (
     (r"^visual\.", "model.visual."),
     (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),

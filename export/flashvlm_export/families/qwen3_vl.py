@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 NAME = "qwen3_vl"
 ALIASES = {f"qwen3-vl-{size}": f"Qwen/Qwen3-VL-{size.upper()}-Instruct" for size in ("2b", "4b", "8b", "32b")}
 REFUSED = {"qwen3_vl_moe": "it is a mixture of experts, for which the decoder graph has no routing; take a dense one"}
-# Square, and A4 upright and across, of about as many tokens: 576, 560, 560.
-SIZES = ((768, 768), (896, 640), (640, 896))
+SIZES = ((512, 512),)  # 256 tokens, for the same reasons as Qwen2.5-VL's
 
 
 def _sizes(
