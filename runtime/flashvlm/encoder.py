@@ -179,14 +179,18 @@ class Encoder:
     def read(self, requests: Sequence[Request], timings: Timings) -> list[Prompt]:
         """Chooses for each image the size whose shape is nearest to its own, and tokenizes the prompts."""
         started = time.perf_counter()
-        seen: dict[int, Sight] = {}  # an image that several prompts share is looked at once
-        for visual in (visual for request in requests for visual in request.visuals):
-            if id(visual) not in seen:
-                seen[id(visual)] = self._sight(visual)
+        seen: dict[tuple[int, bool], Sight] = {}  # an image that several prompts share is looked at once
+        sights = []
+        for request in requests:
+            several = sum(isinstance(visual, PIL.Image.Image) for visual in request.visuals) > 1
+            for visual in request.visuals:
+                if (id(visual), several) not in seen:
+                    seen[id(visual), several] = self._sight(visual, several)
+            sights.append(tuple(seen[id(visual), several] for visual in request.visuals))
         timings.preprocess += _milliseconds(started)
-        return [self._read(request, tuple(seen[id(visual)] for visual in request.visuals)) for request in requests]
+        return [self._read(*each) for each in zip(requests, sights, strict=True)]
 
-    def _sight(self, visual: Visible) -> Sight:
+    def _sight(self, visual: Visible, several: bool) -> Sight:
         clip: Clip | None = None
         if isinstance(visual, Video):
             size = visual.size
@@ -197,8 +201,9 @@ class Encoder:
             size = visual.height, visual.width
             spec = nearest(self._manifest, "image", size)
             pictures, digest = (visual,), image_digest(visual)
-        grid = grid_of(size, spec.pixels, clip)
-        return Sight(pictures, (digest, spec.graph), spec, grid, arrange(spec, grid))
+        grid = grid_of(size, spec.pixels, clip, several)
+        how = f"{spec.graph} square" if grid.square else spec.graph
+        return Sight(pictures, (digest, how), spec, grid, arrange(spec, grid))
 
     def _read(self, request: Request, sights: tuple[Sight, ...]) -> Prompt:
         texts = [expand(sight.spec, sight.grid) for sight in sights]
@@ -331,7 +336,7 @@ def nearest(manifest: Manifest, modality: Literal["image", "video"], size: tuple
 def _units(sight: Sight) -> np.ndarray:
     if isinstance(sight.spec.pixels, Frames):
         return stack(sight.pictures, sight.spec.pixels)
-    return tile(sight.pictures[0], sight.spec.pixels)[0]
+    return tile(sight.pictures[0], sight.spec.pixels, sight.grid.square)[0]
 
 
 def _all(sight: Sight, features: ImageFeatures) -> Kept:

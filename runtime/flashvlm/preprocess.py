@@ -29,6 +29,7 @@ class Grid(NamedTuple):
     thumbnail      where the whole image stands beside its tiles
     size           (height, width) of the original
     clip           of a video, its frames
+    square         it is one unit with a border that makes it a square: one of several images of a prompt
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Grid(NamedTuple):
     thumbnail: Literal["none", "first", "last"]
     size: tuple[int, int]
     clip: Clip | None = None
+    square: bool = False
 
     @property
     def units(self) -> int:
@@ -46,27 +48,31 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Resize to each size of ``steps`` in turn, paste on black at ``offset`` of ``canvas`` or crop there, cut into the
-    grid. Sizes are (width, height), as PIL has them."""
+    """A border that makes it a square, if any; resize to each size of ``steps`` in turn, paste on black at ``offset``
+    of ``canvas`` or crop there, cut into the grid. Sizes are (width, height), as PIL has them."""
 
     grid: Grid
     steps: tuple[tuple[int, int], ...]
     canvas: tuple[int, int]
     offset: tuple[int, int] = (0, 0)
+    border: tuple[int, int, int] | None = None
 
 
-def grid_of(size: tuple[int, int], pixels: Pixels, clip: Clip | None = None) -> Grid:
-    """The units that an image of ``size`` (height, width) becomes, or the frames ``clip`` of a video."""
-    return _plan(size, pixels).grid._replace(clip=clip)
+def grid_of(size: tuple[int, int], pixels: Pixels, clip: Clip | None = None, several: bool = False) -> Grid:
+    """The units that an image of ``size`` (height, width) becomes, or the frames ``clip`` of a video.
+
+    several: the image is one of several of its prompt.
+    """
+    return _plan(size, pixels, several).grid._replace(clip=clip)
 
 
-def tile(image: PIL.Image.Image, pixels: Pixels) -> tuple[np.ndarray, Grid]:
+def tile(image: PIL.Image.Image, pixels: Pixels, several: bool = False) -> tuple[np.ndarray, Grid]:
     """RGB image -> float32 [U,C,H,W], its units in the order of the vision graph, and how they came about."""
     if image.mode != "RGB":
         image = load_image(image)
-    plan = _plan((image.height, image.width), pixels)
+    plan = _plan((image.height, image.width), pixels, several)
     resample = RESAMPLE[pixels.resample]
-    sheet = image
+    sheet = image if plan.border is None else _square(image, plan.border)
     for size in plan.steps:
         sheet = sheet.resize(size, resample)
     left, top = plan.offset  # a crop beyond the sheet is black
@@ -89,10 +95,13 @@ def stack(frames: Sequence[PIL.Image.Image], pixels: Frames) -> np.ndarray:
     return planes.reshape(-1, *pixels.unit_shape)
 
 
-def seen_box(size: tuple[int, int], pixels: Pixels) -> Box:
+def seen_box(size: tuple[int, int], pixels: Pixels, several: bool = False) -> Box:
     """The part of an original image of ``size`` (height, width) that its grid of tiles covers, in its pixels; beyond
     the image where it is padded."""
-    plan = _plan(size, pixels)
+    plan = _plan(size, pixels, several)
+    if plan.border is not None:
+        edge, left, top = _around(size)
+        return -left, -top, edge - left, edge - top
     width, height = plan.steps[-1]
     x, y = size[1] / width, size[0] / height
     left, top = plan.offset
@@ -107,6 +116,19 @@ def _normalise(image: PIL.Image.Image, pixels: Pixels) -> np.ndarray:
     return np.ascontiguousarray(normal.transpose(2, 0, 1))
 
 
+def _around(size: tuple[int, int]) -> tuple[int, int, int]:
+    """Edge of the square around an image of ``size`` (height, width), and where the image lies in it: left, top."""
+    edge = max(size)
+    return edge, (edge - size[1]) // 2, (edge - size[0]) // 2
+
+
+def _square(image: PIL.Image.Image, border: tuple[int, int, int]) -> PIL.Image.Image:
+    edge, left, top = _around((image.height, image.width))
+    square = PIL.Image.new("RGB", (edge, edge), border)
+    square.paste(image, (left, top))
+    return square
+
+
 def _cut(sheet: PIL.Image.Image, rows: int, columns: int) -> Iterator[PIL.Image.Image]:
     width, height = sheet.width // columns, sheet.height // rows
     for row in range(rows):
@@ -117,10 +139,13 @@ def _cut(sheet: PIL.Image.Image, rows: int, columns: int) -> Iterator[PIL.Image.
 # --- the four tilings: where each pixel of the original goes ---------------------------------------------------------
 
 
-def _plan(size: tuple[int, int], pixels: Pixels) -> _Plan:
+def _plan(size: tuple[int, int], pixels: Pixels, several: bool) -> _Plan:
     match pixels:
         case Single() | Frames():
             return _single(size, pixels)
+        case AnyRes(border=tuple()) if several:
+            edges = pixels.side, pixels.side
+            return _Plan(Grid(1, 1, "none", size, square=True), (edges,), edges, border=pixels.border)
         case AnyRes():
             return _anyres(size, pixels)
         case GridTiles():

@@ -86,12 +86,12 @@ class Prompt:
 def arrange(spec: VisualSpec, grid: Grid) -> Arrangement:
     """Reading order of an item's tokens, padded to the spec's candidates."""
     n = spec.tokens_per_unit
-    if spec.order == "anyres":
+    if spec.order == "anyres" and not grid.square:
         assert isinstance(spec.pixels, AnyRes)
         tokens = _unpadded(grid, *spec.grid)
     else:
         tokens = 1 + np.arange(grid.units * n)
-        if spec.newline == "end":
+        if spec.newline == "end" or grid.square:
             tokens = np.append(tokens, 0)
     order = np.zeros(spec.candidates, dtype=np.int64)
     order[: len(tokens)] = tokens

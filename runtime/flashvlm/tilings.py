@@ -20,6 +20,7 @@ RESAMPLE = {
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Edge = Annotated[int, Field(gt=0, le=4096)]  # pixels: beyond every vision tower there is
 Count = Annotated[int, Field(gt=0, le=64)]  # tiles of an image
+Colour = Annotated[int, Field(ge=0, le=255)]
 FrameCount = Annotated[int, Field(gt=0, le=1024)]  # of a video
 
 
@@ -139,11 +140,14 @@ class _Tiled(_Pixels):
 class AnyRes(_Tiled):
     """A thumbnail, then the tiles of the canvas that fits best, on which the image is padded (LLaVA-NeXT).
 
-    pinpoints: (height, width) of the canvases.
+    pinpoints  (height, width) of the canvases
+    border     an image among several of a prompt is one unit instead: made a square by a border of this colour, a
+               newline behind its tokens (LLaVA-OneVision). None: it has tiles as well
     """
 
     tiling: Literal["anyres"] = "anyres"
     pinpoints: tuple[tuple[Edge, Edge], ...] = Field(min_length=1, max_length=64)
+    border: tuple[Colour, Colour, Colour] | None = None
 
     @model_validator(mode="after")
     def _check_pinpoints(self) -> AnyRes:

@@ -23,7 +23,7 @@ def token_boxes(spec: VisualSpec, grid: Grid) -> np.ndarray:
     rows, columns = spec.grid
     tile_row, tile_column = np.divmod((unit - (grid.thumbnail == "first")) % (grid.rows * grid.columns), grid.columns)
     row, column = np.divmod(cell, columns)
-    left, top, right, bottom = seen_box(grid.size, spec.pixels)
+    left, top, right, bottom = seen_box(grid.size, spec.pixels, grid.square)
     xs = _edges(left, right, tile_column * columns + column, grid.columns * columns)
     ys = _edges(top, bottom, tile_row * rows + row, grid.rows * rows)
     whole = is_thumbnail(spec, grid)

@@ -51,7 +51,7 @@ class VisualSpec(Record):
     tokens_per_unit  of a tile or frame, ``grid`` rows by columns (the CLS token that ``skip`` names is beside them)
     candidates       tokens at most, in reading order
     order            of the candidates: raster, tile after tile; or anyres: the thumbnail, then rows over all tiles
-                     without their padding, each with a newline
+                     without their padding, each with a newline; of an image made a square, its tokens and one
     newline          end: one behind the last token of a video
     positions        sequential; or mrope: time, height and width, time in ``time_scale`` steps a second of video
     skip             cls: the first token of each unit is never selected, and kept in "all"

@@ -227,7 +227,7 @@ class FamilyProof:
         expected = self.reference_pixels(reference, reference.inputs(theirs, images))
         manifest = recorded.pipeline.bundle.manifest
         spec = next(spec for spec in manifest.visual if spec.modality == "image")
-        found = np.concatenate([tile(load_image(image), spec.pixels)[0] for image in images])
+        found = np.concatenate([tile(load_image(image), spec.pixels, len(images) > 1)[0] for image in images])
         np.testing.assert_array_equal(found, expected)
 
     @pytest.mark.parametrize("name", PROMPTS)

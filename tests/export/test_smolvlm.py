@@ -19,6 +19,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm_export.families import smolvlm
 from flashvlm_export.families.contract import VisualOptions
+from flashvlm_export.plan import PlanOptions, plan
 from flashvlm_export.testing.presets.smolvlm import TINY, image_processor
 
 SIDE, FACTOR = 25, 5  # patches along an edge of a tile, and of a visual token
@@ -111,9 +112,17 @@ def test_positions_are_those_of_transformers() -> None:
         assert smolvlm.places(parsed.vision_config).tolist() == [*range(side * side)]
 
 
-@pytest.mark.parametrize("folder", ["HuggingFaceTB__SmolVLM2-500M-Video-Instruct__partial"])
-def test_published_files(folder: str) -> None:
-    path = published(folder)
+@pytest.mark.parametrize(
+    ("name", "parameters", "candidates"),
+    [("256m", 256_484_928, 1088), ("500m", 507_482_304, 1088), ("2.2b", 2_246_784_880, 1377)],
+)
+def test_planned_parameters(name: str, parameters: int, candidates: int) -> None:
+    found = plan(PlanOptions(f"smolvlm2-{name}", (64,)))
+    assert (found.parameters, found.candidates) == (parameters, candidates)
+
+
+def test_published_files() -> None:
+    path = published("HuggingFaceTB__SmolVLM2-500M-Video-Instruct__partial")
     config = smolvlm.read_config(json.loads((path / "config.json").read_text()))
     ours = smolvlm.read_config(smolvlm.CONFIGS["smolvlm2-500m"])
     assert smolvlm.language_spec(config) == smolvlm.language_spec(ours)

@@ -101,6 +101,26 @@ def test_a_grid_of_tiles_equals_internvl(size: tuple[int, int]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(SIZES)
+def test_images_among_several_equal_llava_onevision(size: tuple[int, int]) -> None:
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    reference = LlavaOnevisionImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=[*map(list, ANYRES.pinpoints)], image_mean=MEAN,
+        image_std=STD,
+    )  # fmt: skip
+    pixels = ANYRES.model_copy(update={"border": tuple(int(255 * mean) for mean in MEAN)})
+    alone, grid = tile(noise(*size), pixels)
+    assert not grid.square
+    np.testing.assert_array_equal(alone, reference([[noise(*size)]], return_tensors="np")["pixel_values"][0])
+    got, grid = tile(noise(*size), pixels, several=True)
+    assert grid == grid_of(size, pixels, several=True)
+    assert (grid.units, grid.square) == (1, True)
+    np.testing.assert_array_equal(got, reference([[noise(*size)] * 2], return_tensors="np")["pixel_values"][1])
+    assert tile(noise(*size), ANYRES, several=True)[1] == tile(noise(*size), ANYRES)[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES)
 def test_tiles_along_the_longest_edge_equal_smolvlm(size: tuple[int, int]) -> None:
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 

@@ -110,6 +110,17 @@ def test_rows_over_tiles_equal_llava_next(size: tuple[int, int]) -> None:
     assert found.valid.tolist() == [*(token > 0 for token in want), *[False] * (88 - len(want))]
 
 
+def test_an_image_among_several_has_one_newline() -> None:
+    assert isinstance(ANYRES.pixels, AnyRes)
+    bordered = spec(ANYRES.pixels.model_copy(update={"border": (0, 0, 0)}), (4, 4), 88, order="anyres")
+    grid = grid_of((50, 90), bordered.pixels, several=True)
+    found = arrange(bordered, grid)
+    assert found.order.tolist() == [*range(1, 17), *[0] * 72]
+    assert found.valid.tolist() == [True] * 16 + [False] * 72
+    assert found.count == 17
+    assert run_lengths(item(bordered, grid)) == [17]
+
+
 def test_the_text_around_tiles() -> None:
     assert expand(PLAIN, Grid(1, 1, "none", (20, 30))) == "{v}"
     assert expand(TILED, Grid(1, 1, "none", (14, 14))) == "<g>{v}</g>"

@@ -81,6 +81,20 @@ def test_a_box_is_what_the_tokens_pixels_show(name: str, size: tuple[int, int]) 
     assert (off <= 0.1 * step + 0.01 * whole).all(), (off / step).max()
 
 
+def test_the_boxes_of_an_image_made_a_square() -> None:
+    of = spec(AnyRes(side=SIDE, pinpoints=((SIDE, SIDE),), border=(9, 9, 9), **PLAIN), (4, 4))
+    grid = grid_of((30, 62), of.pixels, several=True)
+    boxes = token_boxes(of, grid)
+    assert boxes.shape == (17, 4)
+    assert boxes[0].tolist() == [0, -16, 15.5, -0.5]
+    assert boxes[15].tolist() == [46.5, 30.5, 62, 46]
+    assert np.isnan(boxes[16]).all()
+    assert not is_thumbnail(of, grid).any()
+    units = tile(PIL.Image.new("RGB", (62, 30), (200, 0, 0)), of.pixels, several=True)[0]
+    shown = units[0, 0].mean(axis=1) > 100 / 255
+    assert shown.nonzero()[0].tolist() == [*range(6, 18)]  # of rows 6.2 to 17.8
+
+
 def test_units() -> None:
     of = SPECS["grid"]
     grid = grid_of((90, 200), of.pixels)  # 1 x 2 tiles

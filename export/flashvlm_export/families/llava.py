@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 NAME = "llava"
 ALIASES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf", "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf"}
 REFUSED = {
-    "llava_onevision": "it cuts images into tiles",
     "vipllava": "it joins the features of several vision blocks",
 }
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import LlavaNextConfig
 
-from flashvlm.errors import CheckpointError, FlashVLMError, brief
 from flashvlm.graph_io import VISION
 from flashvlm.tilings import AnyRes
 from flashvlm.visual import VisualSpec
-from flashvlm_export.families.common import clip, names, pixels
+from flashvlm_export.families.common import anyres, clip, names, pixels
 from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
 from flashvlm_export.families.common.text import build as build
 from flashvlm_export.families.common.text import embedding_name as embedding_name
@@ -117,42 +116,13 @@ def read_config(config: dict[str, Any]) -> LlavaNextConfig:
     )
     check_token("image_token_index", parsed.image_token_id, parsed.text_config.vocab_size)
     clip.blocks(parsed)
-    side, pinpoints = parsed.vision_config.image_size, parsed.image_grid_pinpoints
-    if not 1 <= len(pinpoints) <= 64:
-        raise CheckpointError(f"config.json: image_grid_pinpoints has {len(pinpoints):,} sizes; expected 1 to 64")
-    for pair in pinpoints:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_edge(edge, side) for edge in pair)):
-            raise CheckpointError(
-                f"config.json: image_grid_pinpoints has {brief(pair)}; expected [height, width] in multiples of "
-                f"the tower's {side} pixels"
-            )
+    anyres.check_pinpoints(parsed)
     return parsed
 
 
-def _is_edge(edge: Any, side: int) -> bool:
-    return isinstance(edge, int) and 0 < edge <= 4096 and edge % side == 0
-
-
-def _canvases(config: LlavaNextConfig, options: VisualOptions) -> tuple[tuple[int, int], ...]:
-    """(height, width) in tiles of the canvases that an image may be put on."""
+def _canvases(config: LlavaNextConfig, options: VisualOptions) -> anyres.Canvases:
     options.refuse(NAME, but=["max_tiles"])
-    side = config.vision_config.image_size
-    every = [(height // side, width // side) for height, width in config.image_grid_pinpoints]
-    allowed = tuple(
-        canvas for canvas in every if options.max_tiles is None or canvas[0] * canvas[1] <= options.max_tiles
-    )
-    if not allowed:
-        fewest = min(rows * columns for rows, columns in every)
-        raise FlashVLMError(
-            f"--max-tiles {options.max_tiles}: this model's images have {fewest} or more; expected {fewest}"
-        )
-    return allowed
-
-
-def _candidates(config: LlavaNextConfig, canvases: tuple[tuple[int, int], ...]) -> int:
-    """Visual tokens of the largest image: its thumbnail's, and those of its canvas with a newline for each row."""
-    side = clip.side(config)
-    return side * side + max(rows * side * (columns * side + 1) for rows, columns in canvases)
+    return anyres.canvases(config, options.max_tiles)
 
 
 def vision(model: LlavaNextForConditionalGeneration, spec: VisualSpec) -> nn.Module:
@@ -161,45 +131,28 @@ def vision(model: LlavaNextForConditionalGeneration, spec: VisualSpec) -> nn.Mod
 
 def tower_specs(config: LlavaNextConfig, options: VisualOptions) -> list[TowerSpec]:
     canvases = _canvases(config, options)
-    units = 1 + max(rows * columns for rows, columns in canvases)
-    return [clip.tower_spec(config, _candidates(config, canvases), units)]
+    return [clip.tower_spec(config, anyres.candidates(canvases, clip.side(config)), anyres.units(canvases))]
 
 
 def visual_specs(config: LlavaNextConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
-    canvases, side, patches = _canvases(config, options), config.vision_config.image_size, clip.side(config)
-    _check_processor(image_processor, config)
+    canvases, side = _canvases(config, options), clip.side(config)
+    anyres.check_processor(image_processor, config, "size", "crop_size")
     return [
         VisualSpec(
             graph=VISION,
             placeholder_id=config.image_token_id,
-            tokens_per_unit=patches * patches,
-            grid=(patches, patches),
-            candidates=_candidates(config, canvases),
+            tokens_per_unit=side * side,
+            grid=(side, side),
+            candidates=anyres.candidates(canvases, side),
             feature_size=config.vision_config.hidden_size,
             pixels=AnyRes(
-                side=side,
-                pinpoints=tuple((rows * side, columns * side) for rows, columns in canvases),
+                side=config.vision_config.image_size,
+                pinpoints=anyres.pinpoints(config, canvases),
                 **pixels.normalisation(image_processor),
             ),
             order="anyres",
         )
     ]
-
-
-def _check_processor(processor: Any, config: LlavaNextConfig) -> None:
-    """Raises CheckpointError unless it cuts images as the model reads them."""
-    side, size, crop = config.vision_config.image_size, dict(processor.size), dict(processor.crop_size)
-    edges = {size[key] for key in ("shortest_edge", "height", "width") if size.get(key) is not None}
-    for name, found, sizes in (("size", size, edges), ("crop_size", crop, {crop.get("height"), crop.get("width")})):
-        if sizes != {side}:
-            raise CheckpointError(
-                f"preprocessor_config.json: {name} is {found}; the vision tower takes {side} x {side}"
-            )
-    theirs = [list(pair) for pair in processor.image_grid_pinpoints]
-    if theirs != config.image_grid_pinpoints:
-        raise CheckpointError(
-            f"preprocessor_config.json: image_grid_pinpoints is {theirs}; config.json has {config.image_grid_pinpoints}"
-        )
 
 
 def canonical_name(name: str) -> str | None:

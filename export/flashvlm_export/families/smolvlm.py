@@ -17,7 +17,7 @@ from flashvlm.graph_io import VISION
 from flashvlm.tilings import LongestEdge
 from flashvlm.visual import TextLayout, VisualSpec
 from flashvlm_export.config_bounds import checked_config
-from flashvlm_export.families.common import names, pixels, saliency
+from flashvlm_export.families.common import names, pixels, saliency, siglip
 from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
 from flashvlm_export.families.common.text import build as build
 from flashvlm_export.families.common.text import language_section as language_section
@@ -77,18 +77,10 @@ _BASE = {
     "image_size": 512,
     "patch_size": 16,
 }
-_SO400M = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-}
 CONFIGS = {
     "smolvlm2-256m": _sizes((576, 30, 9, 3, 1536), _BASE, 4),
     "smolvlm2-500m": _sizes((960, 32, 15, 5, 2560), _BASE, 4),
-    "smolvlm2-2.2b": _sizes((2048, 24, 32, 32, 8192), _SO400M, 3),
+    "smolvlm2-2.2b": _sizes((2048, 24, 32, 32, 8192), siglip.SO400M | {"num_hidden_layers": 27}, 3),
 }
 
 
@@ -103,7 +95,7 @@ class Vision(nn.Module):
     def __init__(self, model: SmolVLMForConditionalGeneration) -> None:
         super().__init__()
         self.vision_model, self.connector = model.model.vision_model, model.model.connector
-        self.factor, self.side = model.config.scale_factor, _side(model.config)
+        self.factor, self.side = model.config.scale_factor, siglip.side(model.config)
         self.places = places(model.config.vision_config)
         saliency.receives(self.vision_model.encoder.layers[-1].self_attn)
 
@@ -122,13 +114,8 @@ class Vision(nn.Module):
         pixel_values = pixel_values.to(embeddings.patch_embedding.weight.dtype)
         hidden = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
         hidden = hidden + embeddings.position_embedding(self.places)
-        *blocks, last = self.vision_model.encoder.layers
-        for block in blocks:
-            hidden = block(hidden, None)
-        attended, weights = last.self_attn(last.layer_norm1(hidden))
-        hidden = hidden + attended
-        hidden = hidden + last.mlp(last.layer_norm2(hidden))
-        return self.vision_model.post_layernorm(hidden), saliency.of_received(weights)
+        hidden, seen = siglip.through(self.vision_model.encoder.layers, hidden)
+        return self.vision_model.post_layernorm(hidden), seen
 
     def _merged(self, patches: Tensor) -> Tensor:
         return saliency.merged(patches, self.side, self.side, self.factor)
@@ -173,22 +160,18 @@ def read_config(config: dict[str, Any]) -> SmolVLMConfig:
         raise CheckpointError(
             f"config.json: image_size is {tower.image_size} and patch_size {tower.patch_size}; expected whole numbers"
         )
-    if _side(parsed) % parsed.scale_factor or not _side(parsed):
+    side, factor = siglip.side(parsed), parsed.scale_factor
+    if side % factor or not side:
         raise CheckpointError(
-            f"config.json: an edge of {tower.image_size} has {_side(parsed)} patches of {tower.patch_size}; expected a "
-            f"multiple of scale_factor {parsed.scale_factor}"
+            f"config.json: an edge of {tower.image_size} has {side} patches of {tower.patch_size}; expected a multiple "
+            f"of scale_factor {factor}"
         )
     return parsed
 
 
-def _side(config: SmolVLMConfig) -> int:
-    """Patches along an edge of a tile."""
-    return int(config.vision_config.image_size // config.vision_config.patch_size)
-
-
 def _rows(config: SmolVLMConfig) -> int:
     """Visual tokens along an edge of a tile."""
-    return _side(config) // config.scale_factor
+    return siglip.side(config) // config.scale_factor
 
 
 def language(model: Any) -> tuple[nn.Module, nn.Module]:
@@ -219,20 +202,9 @@ def _tiles(options: VisualOptions) -> int | None:
 
 
 def tower_specs(config: SmolVLMConfig, options: VisualOptions) -> list[TowerSpec]:
-    tower, tiles = config.vision_config, _tiles(options) or TILES
+    tiles = _tiles(options) or TILES
     units = tiles * tiles + (tiles > 1)
-    return [
-        TowerSpec(
-            tokens=_side(config) ** 2,
-            width=tower.hidden_size,
-            heads=tower.num_attention_heads,
-            intermediate=tower.intermediate_size,
-            pixels=3 * tower.image_size**2,
-            candidates=units * _rows(config) ** 2,
-            features=tower.hidden_size,
-            units=units,
-        )
-    ]
+    return [siglip.tower_spec(config, units * _rows(config) ** 2, units)]
 
 
 def visual_specs(config: SmolVLMConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
