@@ -144,7 +144,7 @@ def _canvases(config: LlavaNextConfig, options: VisualOptions) -> tuple[tuple[in
     if not allowed:
         fewest = min(rows * columns for rows, columns in every)
         raise FlashVLMError(
-            f"--max-tiles {options.max_tiles}: this model's images have {fewest} or more; expected {fewest}"
+            f"--max-tiles {options.max_tiles}: expected {fewest} or more, the tiles of this model's smallest canvas"
         )
     return allowed
 
