@@ -33,7 +33,7 @@ def canvases(config: Any, most: int | None) -> Canvases:
     allowed = tuple((rows, columns) for rows, columns in every if most is None or rows * columns <= most)
     if not allowed:
         fewest = min(rows * columns for rows, columns in every)
-        raise FlashVLMError(f"--max-tiles {most}: this model's images have {fewest} or more; expected {fewest}")
+        raise FlashVLMError(f"--max-tiles {most}: expected {fewest} or more, the tiles of this model's smallest canvas")
     return allowed
 
 
