@@ -111,11 +111,16 @@ def test_the_demo_runs_again_on_the_bundle_it_has(demo: Demo) -> None:
     indirect=["demo"],
 )
 def test_the_commands_of_the_readme_run(demo: Demo, every: bool) -> None:
+    from clips import scene, write_clip
     from flashvlm_export.cli.export import main as export
+    from flashvlm_export.testing import checkpoints
 
     tree, _ = demo
     for name in ("cat.jpg", "left.jpg", "right.jpg"):
         Image.open(tree / "scripts" / "assets" / "scene.png").save(tree / name)
+    if every:
+        checkpoints.write_checkpoint("tiny-internvl", tree / "tiny")
+        write_clip(tree / "cat.mp4", scene(10, (48, 64), 1))
     first, own = blocks("README.md", "bash")
     assert [line.split()[0] for line in first.splitlines()] == ["scripts/demo", "scripts/test"]
     bundle = tree / "llava"
@@ -126,9 +131,10 @@ def test_the_commands_of_the_readme_run(demo: Demo, every: bool) -> None:
     for line in own.splitlines():
         command = line.split()[0]
         minutes = command == "flashvlm-compile" or (command == "flashvlm-export" and "--plan" not in line)
+        minutes = minutes or "clips" in line  # the bundle of such an export
         if command.startswith("flashvlm-") and (every or not minutes):
             # No hub in a test; the demo model has LLaVA-1.5's 576 image tokens.
-            line = line.replace("--model llava-1.5-7b", "--model demo")
+            line = line.replace("--model llava-1.5-7b", "--model demo").replace("--model internvl3-2b", "--model tiny")
             if every:
                 run(f"echo 'What is it?' | {line}", tree)
             elif command == "flashvlm-export":  # in this process, where torch is imported
@@ -136,7 +142,7 @@ def test_the_commands_of_the_readme_run(demo: Demo, every: bool) -> None:
             else:
                 run(f"echo 'What is it?' | {line.replace('--runs 5', '--runs 1')}", tree)
             ran.append(command)
-    assert len(ran) == (6 if every else 4)
+    assert len(ran) == (8 if every else 4)
     (python,) = blocks("README.md", "python")
     (tree / "example.py").write_text(python)
     assert run("python example.py", tree).strip()
