@@ -12,14 +12,16 @@ import torch
 from family_proof import FamilyProof, Reference, published, without_video
 from test_parity import picture
 from torch import Tensor
-from transformers import SmolVLMProcessor
+from transformers import Idefics3Processor, SmolVLMProcessor
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from flashvlm.errors import CheckpointError, FlashVLMError
-from flashvlm_export.families import smolvlm
+from flashvlm_export.families import idefics3, smolvlm
+from flashvlm_export.families.common.idefics3 import places
 from flashvlm_export.families.contract import VisualOptions
 from flashvlm_export.plan import PlanOptions, plan
+from flashvlm_export.testing.presets import idefics3 as first
 from flashvlm_export.testing.presets.smolvlm import TINY, image_processor
 
 SIDE, FACTOR = 25, 5  # patches along an edge of a tile, and of a visual token
@@ -47,6 +49,26 @@ class TestSmolVLM(FamilyProof):
                     features.append(patches[of].mean(0))
                     saliency.append(received[of].mean())
         return torch.stack(features), torch.stack(saliency)
+
+
+@pytest.mark.slow  # the same modules of the same sizes
+class TestIdefics3(TestSmolVLM):
+    family = idefics3
+    preset = "tiny-idefics3"
+
+    def processor(self, image_processor: Any, tokenizer: Any) -> Any:
+        return Idefics3Processor(image_processor, tokenizer, image_seq_len=25)
+
+
+def test_the_first_smolvlms_are_read() -> None:
+    """Published ones say ``idefics3`` of their vision section, transformers writes ``idefics3_vision``."""
+    for name in ("idefics3", "idefics3_vision"):
+        config = idefics3.read_config(first.TINY | {"vision_config": TINY["vision_config"] | {"model_type": name}})
+        (spec,) = idefics3.visual_specs(config, first.image_processor(76, 152), VisualOptions())
+        ours = smolvlm.visual_specs(smolvlm.read_config(TINY), image_processor(76, 152), VisualOptions())
+        assert [spec] == ours
+    with pytest.raises(CheckpointError, match="family idefics3 supports idefics3_vision or idefics3"):
+        idefics3.read_config(first.TINY | {"vision_config": TINY["vision_config"]})
 
 
 @pytest.mark.parametrize(
@@ -103,21 +125,29 @@ def test_the_most_tiles_are_those_of_a_square() -> None:
 
 def test_positions_are_those_of_transformers() -> None:
     """Not the numbers of the patches at every size, and those at the sizes that are published."""
-    places = smolvlm.places(smolvlm.read_config(TINY).vision_config).tolist()
-    assert len(places) == SIDE**2
-    assert places[21:25] == [21, 22, 22, 24]
-    for config in smolvlm.CONFIGS.values():
-        parsed = smolvlm.read_config(config)
+    found = places(smolvlm.read_config(TINY).vision_config).tolist()
+    assert len(found) == SIDE**2
+    assert found[21:25] == [21, 22, 22, 24]
+    every = [smolvlm.read_config(config) for config in smolvlm.CONFIGS.values()]
+    for parsed in (*every, *map(idefics3.read_config, idefics3.CONFIGS.values())):
         side = parsed.vision_config.image_size // parsed.vision_config.patch_size
-        assert smolvlm.places(parsed.vision_config).tolist() == [*range(side * side)]
+        assert places(parsed.vision_config).tolist() == [*range(side * side)]
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "candidates"),
-    [("256m", 256_484_928, 1088), ("500m", 507_482_304, 1088), ("2.2b", 2_246_784_880, 1377)],
+    [
+        ("smolvlm2-256m", 256_484_928, 1088),
+        ("smolvlm2-500m", 507_482_304, 1088),
+        ("smolvlm2-2.2b", 2_246_784_880, 1377),
+        ("smolvlm-256m", 256_484_928, 1088),
+        ("smolvlm-500m", 507_482_304, 1088),
+        ("smolvlm-2.2b", 2_246_272_880, 1377),
+        ("idefics3-8b", 8_462_086_384, 17 * 169),
+    ],
 )
 def test_planned_parameters(name: str, parameters: int, candidates: int) -> None:
-    found = plan(PlanOptions(f"smolvlm2-{name}", (64,)))
+    found = plan(PlanOptions(name, (64,)))
     assert (found.parameters, found.candidates) == (parameters, candidates)
 
 

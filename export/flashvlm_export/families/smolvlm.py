@@ -1,33 +1,24 @@
-"""SmolVLM2: tiles with text between them and the whole image behind them, a SigLIP tower without a CLS token, whose
-patches are joined by the square, Llama (arXiv 2504.05299)."""
+"""SmolVLM2: Idefics3's tower and text around tiles, in three small sizes (arXiv 2504.05299)."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers import SmolVLMConfig
-from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
-from flashvlm.errors import CheckpointError, FlashVLMError
-from flashvlm.graph_io import VISION
-from flashvlm.tilings import LongestEdge
-from flashvlm.visual import TextLayout, VisualSpec
-from flashvlm_export.config_bounds import checked_config
-from flashvlm_export.families.common import names, pixels, saliency, siglip
-from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
-from flashvlm_export.families.common.text import build as build
-from flashvlm_export.families.common.text import language_section as language_section
-from flashvlm_export.families.common.text import language_spec as language_spec
-from flashvlm_export.families.common.text import tied_head as tied_head
-from flashvlm_export.families.common.tiles import in_reading_order
-from flashvlm_export.families.contract import TowerSpec, VisualOptions
-
-if TYPE_CHECKING:
-    from transformers import SmolVLMForConditionalGeneration
+from flashvlm_export.families.common import siglip
+from flashvlm_export.families.common.idefics3 import BASE, read, sizes
+from flashvlm_export.families.common.idefics3 import build as build
+from flashvlm_export.families.common.idefics3 import canonical_name as canonical_name
+from flashvlm_export.families.common.idefics3 import embedding_name as embedding_name
+from flashvlm_export.families.common.idefics3 import is_unused as is_unused
+from flashvlm_export.families.common.idefics3 import language as language
+from flashvlm_export.families.common.idefics3 import language_section as language_section
+from flashvlm_export.families.common.idefics3 import language_spec as language_spec
+from flashvlm_export.families.common.idefics3 import tied_head as tied_head
+from flashvlm_export.families.common.idefics3 import tower_specs as tower_specs
+from flashvlm_export.families.common.idefics3 import vision as vision
+from flashvlm_export.families.common.idefics3 import visual_specs as visual_specs
 
 NAME = "smolvlm"
 ALIASES = {
@@ -35,205 +26,15 @@ ALIASES = {
     "smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
     "smolvlm2-2.2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
 }
-REFUSED = {"idefics3": "the first SmolVLM; take a SmolVLM2, such as HuggingFaceTB/SmolVLM2-500M-Video-Instruct"}
-BORDER, WHOLE = "<fake_token_around_image>", "<global-img>"
-TEXT = TextLayout(
-    whole=f"{BORDER}{WHOLE}{{v}}{BORDER}",
-    tile=f"{BORDER}<row_{{r}}_col_{{c}}>{{v}}",
-    row_end="\n",
-    last=f"\n{BORDER}{WHOLE}{{v}}{BORDER}",
-)
-TILES = 4  # along the longer edge of an image, as published
-
-
-def _sizes(text: tuple[int, int, int, int, int], vision: dict[str, Any], scale: int) -> dict[str, Any]:
-    hidden, layers, heads, kv_heads, inter = text
-    return {
-        "model_type": NAME,
-        "dtype": "bfloat16",
-        "image_token_id": 49190,
-        "scale_factor": scale,
-        "tie_word_embeddings": False,
-        "vision_config": {"model_type": "smolvlm_vision", **vision},
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": hidden,
-            "intermediate_size": inter,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": 64,
-            "vocab_size": 49280,
-            "max_position_embeddings": 8192,
-        },
-    }
-
-
-_BASE = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 512,
-    "patch_size": 16,
-}
+REFUSED: dict[str, str] = {}
 CONFIGS = {
-    "smolvlm2-256m": _sizes((576, 30, 9, 3, 1536), _BASE, 4),
-    "smolvlm2-500m": _sizes((960, 32, 15, 5, 2560), _BASE, 4),
-    "smolvlm2-2.2b": _sizes((2048, 24, 32, 32, 8192), siglip.SO400M | {"num_hidden_layers": 27}, 3),
+    "smolvlm2-256m": sizes(NAME, (576, 30, 9, 3, 1536), BASE, 4),
+    "smolvlm2-500m": sizes(NAME, (960, 32, 15, 5, 2560), BASE, 4),
+    "smolvlm2-2.2b": sizes(NAME, (2048, 24, 32, 32, 8192), siglip.SO400M | {"num_hidden_layers": 27}, 3),
 }
-
-
-class Vision(nn.Module):
-    """pixel_values [U,3,H,W], order [N] -> image_tokens [1,N,D], features [1,N,Dv], saliency [1,N] float32.
-
-    A visual token is ``scale_factor`` x ``scale_factor`` patches: its features are their mean, its saliency that of
-    the patches, what each receives in the last block. Its embedding is of all of them side by side, which would be
-    12,288 channels to partition by.
-    """
-
-    def __init__(self, model: SmolVLMForConditionalGeneration) -> None:
-        super().__init__()
-        self.vision_model, self.connector = model.model.vision_model, model.model.connector
-        self.factor, self.side = model.config.scale_factor, siglip.side(model.config)
-        self.places = places(model.config.vision_config)
-        saliency.receives(self.vision_model.encoder.layers[-1].self_attn)
-
-    def forward(self, pixel_values: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        patches, seen = self._tower(pixel_values)
-        return (
-            in_reading_order(self.connector(patches), order),
-            in_reading_order(self._merged(patches), order),
-            in_reading_order(self._merged(seen[..., None]), order).squeeze(-1),
-        )
-
-    def _tower(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches [U,T,Dv] and what each receives [U,T]. The stock tower masks patches of padding, and a tile has
-        none."""
-        embeddings = self.vision_model.embeddings
-        pixel_values = pixel_values.to(embeddings.patch_embedding.weight.dtype)
-        hidden = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        hidden = hidden + embeddings.position_embedding(self.places)
-        hidden, seen = siglip.through(self.vision_model.encoder.layers, hidden)
-        return self.vision_model.post_layernorm(hidden), seen
-
-    def _merged(self, patches: Tensor) -> Tensor:
-        return saliency.merged(patches, self.side, self.side, self.factor)
-
-
-def places(config: SmolVLMVisionConfig) -> Tensor:
-    """int64 [T]: the row of each patch of a whole tile in the table of positions.
-
-    transformers finds it by fractions of an edge in float32, which do not give 0 to T - 1 at every size: asked of its
-    own embeddings, where the table is the numbers of its rows.
-    """
-    side = config.image_size // config.patch_size
-    small = SmolVLMVisionConfig(hidden_size=1, num_channels=1, image_size=side, patch_size=1)
-    with torch.device("cpu"), torch.no_grad():
-        embeddings = SmolVLMVisionEmbeddings(small)
-        embeddings.position_embedding.weight.copy_(torch.arange(side * side)[:, None])
-        nn.init.zeros_(embeddings.patch_embedding.bias)
-        rows = embeddings(torch.zeros(1, 1, side, side), torch.ones(1, side, side, dtype=torch.bool))
-        return rows.flatten().round().long()
 
 
 def read_config(config: dict[str, Any]) -> SmolVLMConfig:
-    """Parses and checks a ``config.json``.
-
-    Raises:
-        CheckpointError: a variant of SmolVLM this family does not cover.
-    """
-    checked = check_sections(checked_config(config, integers={"scale_factor": (1, 64)}, reals={}), NAME)
-    text, parsed = checked["text_config"], SmolVLMConfig.from_dict(checked)
-    tower = parsed.vision_config
-    expect(
-        NAME,
-        ("vision_config.model_type", tower.model_type, ("smolvlm_vision",)),
-        ("vision_config.num_channels", tower.num_channels, (3,)),
-        ("text_config.model_type", parsed.text_config.model_type, TEXT_TYPES),
-        # Of the code that SmolVLM was trained with; transformers reads none of them.
-        *((f"text_config.{key}", text.get(key, False), (False,)) for key in ("use_resampler", "qk_layer_norms")),
-        ("text_config.rope_interleaved", text.get("rope_interleaved", False), (False,)),
-    )
-    check_token("image_token_id", parsed.image_token_id, parsed.text_config.vocab_size)
-    if not isinstance(tower.image_size, int) or not isinstance(tower.patch_size, int):
-        raise CheckpointError(
-            f"config.json: image_size is {tower.image_size} and patch_size {tower.patch_size}; expected whole numbers"
-        )
-    side, factor = siglip.side(parsed), parsed.scale_factor
-    if side % factor or not side:
-        raise CheckpointError(
-            f"config.json: an edge of {tower.image_size} has {side} patches of {tower.patch_size}; expected a multiple "
-            f"of scale_factor {factor}"
-        )
+    """Parses and checks a ``config.json``. Raises CheckpointError for a variant that is not covered."""
+    parsed: SmolVLMConfig = read(config, SmolVLMConfig, ("smolvlm_vision",))
     return parsed
-
-
-def _rows(config: SmolVLMConfig) -> int:
-    """Visual tokens along an edge of a tile."""
-    return siglip.side(config) // config.scale_factor
-
-
-def language(model: Any) -> tuple[nn.Module, nn.Module]:
-    return model.model.text_model, model.lm_head
-
-
-def embedding_name(config: SmolVLMConfig) -> str:
-    return "model.text_model.embed_tokens.weight"
-
-
-def vision(model: SmolVLMForConditionalGeneration, spec: VisualSpec) -> nn.Module:
-    return Vision(model)
-
-
-def _tiles(options: VisualOptions) -> int | None:
-    """Along the longer edge of an image, where they are asked for. Raises FlashVLMError for a number that is no
-    square."""
-    options.refuse(NAME, but=["max_tiles"])
-    if options.max_tiles is None:
-        return None
-    edge = math.isqrt(options.max_tiles)
-    if edge * edge != options.max_tiles:
-        raise FlashVLMError(
-            f"--max-tiles {options.max_tiles}: family {NAME} scales an image to whole tiles along its longer edge; "
-            f"expected a square, such as {edge * edge or 1} or {(edge + 1) ** 2}"
-        )
-    return edge
-
-
-def tower_specs(config: SmolVLMConfig, options: VisualOptions) -> list[TowerSpec]:
-    tiles = _tiles(options) or TILES
-    units = tiles * tiles + (tiles > 1)
-    return [siglip.tower_spec(config, units * _rows(config) ** 2, units)]
-
-
-def visual_specs(config: SmolVLMConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
-    tiles, side, rows = _tiles(options), config.vision_config.image_size, _rows(config)
-    if not image_processor.do_image_splitting:
-        raise CheckpointError("preprocessor_config.json: do_image_splitting is off; expected tiles")
-    if (found := pixels.longest_edge(image_processor.max_image_size, "max_image_size")) != side:
-        raise CheckpointError(
-            f"preprocessor_config.json: max_image_size is {found}; the vision tower takes {side} x {side}"
-        )
-    edge = pixels.longest_edge(image_processor.size, "size")
-    grid = LongestEdge(side=side, edge=tiles * side if tiles else edge, **pixels.normalisation(image_processor))
-    return [
-        VisualSpec(
-            graph=VISION,
-            placeholder_id=config.image_token_id,
-            tokens_per_unit=rows * rows,
-            grid=(rows, rows),
-            candidates=grid.max_units * rows * rows,
-            feature_size=config.vision_config.hidden_size,
-            pixels=grid,
-            text=TEXT,
-        )
-    ]
-
-
-def canonical_name(name: str) -> str | None:
-    return names.renamed(name, ())
-
-
-def is_unused(config: SmolVLMConfig, name: str) -> bool:
-    return False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from flashvlm_export.families.smolvlm import BORDER, CONFIGS, TILES, WHOLE
+from flashvlm_export.families.common.idefics3 import BORDER, TILES, WHOLE
+from flashvlm_export.families.smolvlm import CONFIGS
 from flashvlm_export.testing.folder import FolderPreset
 from flashvlm_export.testing.tokenizer import make_byte_level_tokenizer
 
@@ -44,16 +46,22 @@ def image_processor(side: int, edge: int) -> Any:
     return SmolVLMImageProcessorPil(size={"longest_edge": edge}, max_image_size={"longest_edge": side})
 
 
-def _preset(config: dict[str, Any], tiles: int, dtype: str) -> FolderPreset:
+def preset(
+    config: dict[str, Any],
+    tiles: int = TILES,
+    dtype: str = "bfloat16",
+    model: str = "SmolVLMForConditionalGeneration",
+    processor: Callable[[int, int], Any] = image_processor,
+) -> FolderPreset:
     text_tokens = config["image_token_id"] - SPECIAL.index("<image>")
     side = config["vision_config"]["image_size"]
     return FolderPreset(
-        model="SmolVLMForConditionalGeneration",
+        model=model,
         config=config,
         tokenizer=functools.partial(
             make_byte_level_tokenizer, text_tokens, config["text_config"]["max_position_embeddings"], SPECIAL, NAMED
         ),
-        image_processor=functools.partial(image_processor, side, tiles * side),
+        image_processor=functools.partial(processor, side, tiles * side),
         template=TEMPLATE,
         spoken=(256, text_tokens),
         stop=(text_tokens + 1,),
@@ -62,7 +70,7 @@ def _preset(config: dict[str, Any], tiles: int, dtype: str) -> FolderPreset:
 
 
 # 25 patches along an edge: their rows in the table of positions are not 0 to 624. Heads that share keys, like 500M's.
-TINY = {
+TINY: dict[str, Any] = {
     "model_type": "smolvlm",
     "image_token_id": TEXT_TOKENS + SPECIAL.index("<image>"),
     "scale_factor": 5,
@@ -92,6 +100,6 @@ TINY = {
 }
 
 PRESETS = {
-    "tiny-smolvlm": _preset(TINY, 2, "float32"),
-    **{name: _preset(config, TILES, "bfloat16") for name, config in CONFIGS.items()},
+    "tiny-smolvlm": preset(TINY, 2, "float32"),
+    **{name: preset(config) for name, config in CONFIGS.items()},
 }
