@@ -31,11 +31,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "initializer": ({"text_config__initializer_range": -0.5}, ("text_config.initializer_range is -0.5",)),
     "epsilon": ({"text_config__rms_norm_eps": -1}, ("text_config.rms_norm_eps is -1",)),
     "epsilon of text": ({"vision_config__layer_norm_eps": "small"}, ("layer_norm_eps is 'small'", "a number")),
-    "dynamic rope": (
-        {"text_config__rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-        ("text_config.rope_scaling is of type 'dynamic'", "expected default, linear"),
+    "long rope": (
+        {"text_config__rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+        ("text_config.rope_scaling is of type 'longrope'", "expected default, linear"),
     ),
-    "rope of old": ({"text_config__rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("of type 'dynamic'",)),
+    "rope of old": ({"text_config__rope_scaling": {"type": "longrope", "factor": 2.0}}, ("of type 'longrope'",)),
     "rope of text": ({"text_config__rope_parameters": "long"}, ("rope_parameters is of type 'long'",)),
     "rope factor": (
         {"text_config__rope_scaling": {"rope_type": "linear", "factor": -2.0}},
@@ -88,7 +88,7 @@ def test_config(changes: dict[str, Any], expected: tuple[str, ...], tiny_checkpo
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["layers", "dynamic rope", "image token"])
+@pytest.mark.parametrize("name", ["layers", "long rope", "image token"])
 def test_planning_reads_it_likewise(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     changes, expected = CONFIGS[name]
     folder = edited(tiny_checkpoint, tmp_path, changes)
