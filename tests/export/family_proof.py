@@ -30,7 +30,7 @@ from flashvlm_export.checkpoint import open_checkpoint
 from flashvlm_export.exporter import ExportOptions, export
 from flashvlm_export.families import FAMILIES
 from flashvlm_export.families.contract import Family, VisualOptions
-from flashvlm_export.selection import select
+from flashvlm_export.selection import SelectionParams, select
 from flashvlm_export.testing import checkpoints
 
 STEPS = 16
@@ -148,6 +148,8 @@ class FamilyProof:
     preset: str
     budgets: ClassVar[tuple[int, ...]] = (7,)
     images: ClassVar[list[np.ndarray]] = [picture((31, 47), 1), picture((130, 61), 2)]
+    # With one iteration the selection is a graph of half the size; other tests have the default.
+    params: ClassVar[SelectionParams] = SelectionParams(iterations=1)
     options: ClassVar[VisualOptions] = VisualOptions()
     real_options: ClassVar[VisualOptions] = VisualOptions()  # at the sizes of a published model
 
@@ -185,7 +187,9 @@ class FamilyProof:
     def bundle(cls, request: pytest.FixtureRequest, once: Any, checkpoint: Path) -> Path:
         def write(out: Path) -> None:
             dialect: DialectName = request.param
-            export(ExportOptions(str(checkpoint), out, cls.budgets, dialect=dialect, visual=cls.options))
+            export(
+                ExportOptions(str(checkpoint), out, cls.budgets, dialect=dialect, visual=cls.options, params=cls.params)
+            )
 
         return once(f"{cls.preset}-{request.param}", write)
 
@@ -291,7 +295,13 @@ class FamilyProof:
             features, saliency = self.signals(reference, image)
             valid = self.valid(reference, image, len(projected))
             kept = select(
-                projected[None], features[None], saliency[None], query, valid=valid[None], budget=budget
+                projected[None],
+                features[None],
+                saliency[None],
+                query,
+                valid=valid[None],
+                budget=budget,
+                params=self.params,
             ).kept[0]
             chosen.append(kept)
         return chosen

@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from flashvlm_export.families import llava
+from flashvlm_export.selection import SelectionParams
 
 
 class TestLlava(FamilyProof):
     family = llava
     preset = "tiny-gqa"
     budgets = (5,)
+    params = SelectionParams()
     images: ClassVar[list[np.ndarray]] = [picture((31, 47), 1), picture((90, 61), 2)]
 
     @pytest.fixture(scope="class")

@@ -30,6 +30,7 @@ from flashvlm_export.exporter import ExportOptions, export
 from flashvlm_export.selection import select
 from refusals import assert_refused, run
 
+pytestmark = pytest.mark.slow  # four vision graphs; the families that take videos have theirs
 BUDGETS = (7,)
 IMAGE = picture((33, 31), 1)
 
@@ -114,7 +115,7 @@ def video_bundle(once: Any, checkpoint: Path) -> Callable[[Any], Path]:
     return make
 
 
-@pytest.fixture(scope="module", params=[pytest.param("modern", marks=pytest.mark.slow), "legacy"])
+@pytest.fixture(scope="module", params=["modern", "legacy"])
 def recorded(request: pytest.FixtureRequest, video_bundle: Callable[[Any], Path]) -> Recorded:
     return Recorded(video_bundle(request.param))
 
