@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tiers import NAMES, UNIT_LACKS, tier_of
+from tiers import NAMES, UNIT_LACKS, is_thorough, tier_of
 
 # scripts/ is no package; its modules are imported by name, as the scripts themselves do.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -42,8 +42,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.is_relative_to(TESTS) and not any(item.get_closest_marker(name) for name in NAMES):
-            item.add_marker(tier_of(item.path.relative_to(TESTS).as_posix()))
+        if not item.path.is_relative_to(TESTS):
+            continue
+        path = item.path.relative_to(TESTS).as_posix()
+        if not any(item.get_closest_marker(name) for name in NAMES):
+            item.add_marker(tier_of(path))
+        _, _, name = item.nodeid.partition("::")
+        if is_thorough(f"{path}::{name}"):
+            item.add_marker("thorough")
 
 
 def pytest_collection_finish() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tiers import NAMES, TIERS, UNIT_LACKS, tier_of
+from tiers import NAMES, THOROUGH, TIERS, UNIT_LACKS, tier_of
 
 TESTS = Path(__file__).parent
 
@@ -17,7 +17,15 @@ def test_the_table_names_what_exists() -> None:
     assert not [path for path in TIERS if not (TESTS / path).exists()]
     assert set(TIERS.values()) == set(NAMES)
     markers = re.findall(r'^  "(\w+): ', (TESTS.parent / "pyproject.toml").read_text(), re.MULTILINE)
-    assert markers == [*NAMES, "slow", "gpu"]
+    assert markers == [*NAMES, "thorough", "slow", "gpu"]
+
+
+def test_what_waits_for_ci_exists() -> None:
+    for test in THOROUGH:
+        file, _, name = test.partition("::")
+        path = TESTS / file
+        assert path.is_file(), test
+        assert name.partition("[")[0].partition("::")[0] in path.read_text(encoding="utf-8"), test
 
 
 def test_a_file_has_the_tier_of_its_folder_or_its_own() -> None:

@@ -182,7 +182,7 @@ class FamilyProof:
     def checkpoint(cls, once: Any) -> Path:
         return once(cls.preset, lambda out: checkpoints.write_checkpoint(cls.preset, out, dtype="float32"))
 
-    @pytest.fixture(scope="class", params=["modern", pytest.param("legacy", marks=pytest.mark.slow)])
+    @pytest.fixture(scope="class", params=["modern", pytest.param("legacy", marks=pytest.mark.thorough)])
     @classmethod
     def bundle(cls, request: pytest.FixtureRequest, once: Any, checkpoint: Path) -> Path:
         def write(out: Path) -> None:

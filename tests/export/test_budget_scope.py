@@ -73,7 +73,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> ByTile:
     return ByTile(tmp_path_factory.mktemp("reference") / "toy")
 
 
-@pytest.fixture(scope="module", params=[pytest.param("modern", marks=pytest.mark.slow), "legacy"])
+@pytest.fixture(scope="module", params=["modern", "legacy"])
 def recorded(request: pytest.FixtureRequest, scoped_bundle: Callable[[Any], Path]) -> Recorded:
     return Recorded(scoped_bundle(request.param))
 

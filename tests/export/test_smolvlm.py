@@ -51,7 +51,7 @@ class TestSmolVLM(FamilyProof):
         return torch.stack(features), torch.stack(saliency)
 
 
-@pytest.mark.slow  # the same modules of the same sizes
+@pytest.mark.thorough  # the same modules of the same sizes
 class TestIdefics3(TestSmolVLM):
     family = idefics3
     preset = "tiny-idefics3"

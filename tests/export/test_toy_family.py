@@ -170,8 +170,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 # The slow tier has both. The fast one has the family in one dialect, and the other dialect with LLaVA (test_parity,
 # test_compile, test_tensorrt_session).
-# In the slow tier: families of the Hub have each of its odd traits, and their own tests are in the fast one.
-BOTH = [pytest.param(dialect, marks=pytest.mark.slow) for dialect in ("modern", "legacy")]
+BOTH = ["modern", "legacy"]
 
 
 @pytest.fixture(scope="module", params=BOTH)
@@ -202,7 +201,6 @@ def test_positions_have_three_axes(recorded: Recorded) -> None:
     assert len({*step[0, :, 0].tolist()}) == 1
 
 
-@pytest.mark.slow
 def test_a_picture_of_each_image(toy_bundle: Any, tmp_path: Path) -> None:
     """Of the second, which is cut into tiles, also one panel of its thumbnail."""
     files = [tmp_path / "square.png", tmp_path / "wide.png"]
@@ -220,7 +218,6 @@ def test_a_picture_of_each_image(toy_bundle: Any, tmp_path: Path) -> None:
 # --- bundle ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_manifest_says_all_of_it(toy_bundle: Any) -> None:
     manifest = Bundle(toy_bundle("modern")).manifest
     assert (manifest.model.position_axes, manifest.model.streams) == (3, {"deepstack": 128})
@@ -233,7 +230,6 @@ def test_the_manifest_says_all_of_it(toy_bundle: Any) -> None:
     assert "toy" not in manifest.model_dump_json(include={"visual", "graphs", "selection"})
 
 
-@pytest.mark.slow
 def test_a_plan_is_what_an_export_writes(toy_bundle: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = plan(PlanOptions(str(checkpoint), BUDGETS, text_tokens=2, new_tokens=2))
     manifest = Bundle(toy_bundle("modern")).manifest
@@ -303,7 +299,6 @@ def test_the_stand_in_of_tensorrt_answers_alike(
 
 
 @pytest.mark.engines
-@pytest.mark.slow  # for an export of its own in either dialect; test_compile builds LLaVA's in both
 @pytest.mark.parametrize("dialect", ["modern", "legacy"])
 def test_tensorrt_rtx_builds_it(dialect: Any, toy_bundle: Any, checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")

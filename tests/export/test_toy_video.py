@@ -30,7 +30,6 @@ from flashvlm_export.exporter import ExportOptions, export
 from flashvlm_export.selection import select
 from refusals import assert_refused, run
 
-pytestmark = pytest.mark.slow  # four vision graphs; the families that take videos have theirs
 BUDGETS = (7,)
 IMAGE = picture((33, 31), 1)
 
