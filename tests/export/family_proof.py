@@ -100,11 +100,11 @@ class Reference:
         return self.processor(images=[*images] or None, text=[self.rendered(messages)], return_tensors="pt")
 
     @torch.no_grad()
-    def generate(self, inputs: Any) -> tuple[list[int], np.ndarray]:
+    def generate(self, inputs: Any, repetition_penalty: float = 1.0) -> tuple[list[int], np.ndarray]:
         """Tokens and logits [1 + STEPS, V] of transformers' own greedy generation."""
         made = self.model.generate(
-            **inputs, max_new_tokens=1 + STEPS, do_sample=False, repetition_penalty=1.0, eos_token_id=None,
-            pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+            **inputs, max_new_tokens=1 + STEPS, do_sample=False, repetition_penalty=repetition_penalty,
+            eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         said = made.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         return said, torch.cat(made.logits).numpy()

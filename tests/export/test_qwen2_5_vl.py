@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_proof import Reference, published
+from family_proof import STEPS, Reference, published
 from sized_proof import SizedProof
+from test_parity import Recorded
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.vision_utils import get_vision_window_index
@@ -36,6 +37,15 @@ class TestQwen25VL(SizedProof):
         features = found.last_hidden_state.unflatten(0, (-1, 4)).mean(dim=1)
         received = weights.mean(dim=0).unflatten(0, (-1, 4)).mean(dim=1)
         return features[reading], received[reading]
+
+    def test_a_repetition_penalty_is_that_of_transformers(self, recorded: Recorded, reference: Reference) -> None:
+        """generation_config.json has one of 1.05, which a bundle leaves to the caller; a larger one tells more."""
+        ours, theirs, images = self.prompt("one")
+        inputs = reference.inputs(theirs, images)
+        penalised = reference.generate(inputs, repetition_penalty=1.5)[0]
+        assert penalised != reference.generate(inputs)[0]
+        answer = recorded.chat(ours, budget="all", max_new_tokens=1 + STEPS, repetition_penalty=1.5)
+        assert list(answer.token_ids) == penalised
 
 
 def with_vision(**change: Any) -> dict[str, Any]:
