@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not any(item.get_closest_marker(name) for name in NAMES):
             item.add_marker(tier_of(path))
         _, _, name = item.nodeid.partition("::")
-        if is_thorough(f"{path}::{name}"):
+        if is_thorough(f"{path}::{name}") or "tiny_gqa_legacy_bundle" in getattr(item, "fixturenames", ()):
             item.add_marker("thorough")
 
 

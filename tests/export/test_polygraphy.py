@@ -44,11 +44,7 @@ def compare(bundle: Bundle, graph: str, folder: Path, **wrong: np.ndarray) -> su
     ("kind", "graph"),
     [
         *(("tiny_gqa_bundle", graph) for graph in ("vision", "select-k5", "decoder", "prefill-k5")),
-        # In the fast tier these are held against transformers and a stand-in (test_parity, test_tensorrt_session).
-        *(
-            pytest.param("tiny_gqa_legacy_bundle", graph, marks=pytest.mark.slow)
-            for graph in ("vision", "select-k5", "decoder")
-        ),
+        *(("tiny_gqa_legacy_bundle", graph) for graph in ("vision", "select-k5", "decoder")),
     ],
 )
 def test_polygraphy_finds_what_our_session_finds(
