@@ -139,8 +139,8 @@ def _pieces(source: StoredTensor, file: FileIO, scratch: _Scratch) -> Iterator[m
 
 
 def _made(place: Place, raw: memoryview, scratch: _Scratch) -> Iterator[memoryview]:
-    """The bytes of one tensor, in stripes of rows where its recipe makes each of a stripe of the parameter: the next one
-    is made while this one is hashed and written."""
+    """The bytes of one tensor, in stripes of rows where its recipe makes each of a stripe of the parameter: one is made
+    while the one before it is hashed and written."""
     source, stored = place.source, place.stored
     given = torch.frombuffer(raw, dtype=DTYPES[source.dtype].torch).view(source.shape)
     row = stored.nbytes // stored.shape[0] if stored.shape else stored.nbytes
