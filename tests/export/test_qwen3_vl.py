@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from family_proof import Reference, published
-from sized_proof import SizedProof
+from sized_video_proof import SizedVideoProof
+from test_parity import Recorded
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
@@ -22,14 +23,29 @@ from flashvlm_export.plan import PlanOptions, plan
 from flashvlm_export.testing.presets.qwen3_vl import TINY
 
 
-class TestQwen3VL(SizedProof):
+class TestQwen3VL(SizedVideoProof):
     family = qwen3_vl
     preset = "tiny-qwen3-vl"
     sizes = ((128, 192), (160, 96))  # 4 x 6 and 5 x 3 tokens
     patch = 16
+    frames = 4
+    video_token = "<|video_pad|>"
     processor_class = Qwen3VLProcessor
 
-    def signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
+    def shown(self) -> list[int]:
+        return [0, 3, 7, 10]  # two a second of 11 in 2.2 s: from the first to the last, 0, 3.3, 6.7, 10
+
+    def shown_text(self, rendered: str, grid: list[int]) -> str:
+        """Qwen3VLProcessor.replace_video_token: each pair of frames behind the middle of their times."""
+        run = f"<|vision_start|>{self.video_token * (grid[1] * grid[2] // 4)}<|vision_end|>"
+        return rendered.replace(self.video_token, f"<0.3 seconds>{run}<1.7 seconds>{run}")
+
+    def test_video_with_too_few_frames(self, recorded: Recorded) -> None:
+        """One is enough: it stands twice, as one pair."""
+        answer = recorded.chat(self.messages(self.video[:1]), budget="all", max_new_tokens=1)
+        assert [selection.count for selection in answer.selections] == [4 * 6]
+
+    def image_signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
         found, weights, _ = self.tower(reference, image, block=2)
         features = found.last_hidden_state.unflatten(0, (-1, 4)).mean(dim=1)
         return features, weights.mean(dim=0).unflatten(0, (-1, 4)).mean(dim=1)
@@ -81,7 +97,7 @@ def test_experts_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (VisualOptions(image_sizes=((448, 512),), frames=2), "--frames 2: family qwen3_vl has no videos"),
+        (VisualOptions(image_sizes=((448, 512),), frames=3), "--frames 3: expected an even number"),
         (VisualOptions(image_sizes=((512, 500),)), "--image-size 512x500: .* multiples of 32 .* such as 512x512"),
     ],
 )

@@ -31,7 +31,7 @@ REFUSED = {
 # both: --image-size 672x672,784x560,560x784 has some 570 tokens in three shapes.
 SIZES = ((448, 448),)
 # Of a video, as Qwen2VLVideoProcessor has it: two frames a second, from four up.
-RULE: dict[str, Any] = {"rule": "start", "fps": 2.0, "min_frames": 4}
+RULE: dict[str, Any] = {"rule": "start", "fps": 2.0, "min_frames": 4, "multiple": patches.FRAMES}
 RENAMES = (
     (r"^visual\.", "model.visual."),
     (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),

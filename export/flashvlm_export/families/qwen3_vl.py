@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from flashvlm.errors import CheckpointError
-from flashvlm.visual import VisualSpec
+from flashvlm.visual import TextLayout, VisualSpec
 from flashvlm_export.families.common import axes, names, patches, saliency, text
 from flashvlm_export.families.common.text import check_sections, check_token, expect
 from flashvlm_export.families.common.text import embedding_name as embedding_name
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 NAME = "qwen3_vl"
 ALIASES = {f"qwen3-vl-{size}": f"Qwen/Qwen3-VL-{size.upper()}-Instruct" for size in ("2b", "4b", "8b", "32b")}
+# Of a video, as Qwen3VLVideoProcessor has it: two frames a second, from four up; each pair with its time before it.
+RULE: dict[str, Any] = {"rule": "ends", "fps": 2.0, "min_frames": 4}
+VIDEO_TEXT = TextLayout(frame="<{seconds} seconds><|vision_start|>{v}<|vision_end|>")
 REFUSED = {"qwen3_vl_moe": "it is a mixture of experts, for which the decoder graph has no routing; take a dense one"}
 SIZES = ((512, 512),)  # 256 tokens, for the same reasons as Qwen2.5-VL's
 
@@ -155,6 +158,7 @@ def read_config(config: dict[str, Any]) -> Qwen3VLConfig:
     axes.check_sections_of_head(rope.get("mrope_section"), language_spec(parsed).head_dim)
     patches.check_tower(NAME, tower, section.hidden_size)
     patches.check_blocks("deepstack_visual_indexes", tower)
+    check_token("video_token_id", parsed.video_token_id, section.vocab_size)
     check_token("image_token_id", parsed.image_token_id, section.vocab_size)
     if math.isqrt(tower.num_position_embeddings) ** 2 != tower.num_position_embeddings:
         raise CheckpointError(
@@ -179,12 +183,17 @@ def tower_specs(config: Qwen3VLConfig, options: VisualOptions) -> list[TowerSpec
 
 
 def visual_specs(config: Qwen3VLConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
-    return patches.visual_specs(config, image_processor, _cut(config, options))
+    images = patches.visual_specs(config, image_processor, _cut(config, options))
+    if options.frames is None:
+        return images
+    rule = {**RULE, "min_frames": min(options.frames, RULE["min_frames"])}
+    tokens = {"placeholder_id": config.video_token_id, "text": VIDEO_TEXT}
+    return [*images, *patches.video_specs(images, options.frames, rule, **tokens)]
 
 
 def _cut(config: Qwen3VLConfig, options: VisualOptions) -> patches.Patches:
     tower = config.vision_config
-    return patches.chosen(NAME, options, tower.patch_size, tower.spatial_merge_size, SIZES)
+    return patches.chosen(NAME, options, tower.patch_size, tower.spatial_merge_size, SIZES, videos=True)
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -202,7 +211,8 @@ def language(model: Qwen3VLForConditionalGeneration) -> tuple[nn.Module, nn.Modu
 
 def vision(model: Qwen3VLForConditionalGeneration, spec: VisualSpec) -> nn.Module:
     _, height, width = spec.pixels.unit_shape
-    return Vision(model, _cut(model.config, VisualOptions()), (height, width))
+    image = Vision(model, _cut(model.config, VisualOptions()), (height, width))
+    return patches.InPairs(image) if spec.modality == "video" else image
 
 
 def canonical_name(name: str) -> str | None:

@@ -156,7 +156,7 @@ def video_specs(images: Sequence[VisualSpec], frames: int, rule: Mapping[str, An
     """
     specs = []
     for image in images:
-        cut = Frames(**dict(image.pixels) | {"tiling": "frames", "count": frames, "multiple": FRAMES} | dict(rule))
+        cut = Frames(**dict(image.pixels) | {"tiling": "frames", "count": frames} | dict(rule))
         changes = {
             "modality": "video",
             "graph": image.graph.replace(VISION, f"{VISION}-video", 1),
