@@ -7,12 +7,14 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlavaOnevisionConfig
 
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.graph_io import VISION
-from flashvlm.tilings import AnyRes
+from flashvlm.tilings import AnyRes, Frames
 from flashvlm.visual import VisualSpec
 from flashvlm_export.families.common import anyres, names, pixels, saliency, siglip
 from flashvlm_export.families.common.text import TEXT_TYPES, check_sections, check_token, expect
@@ -90,14 +92,48 @@ class Vision(nn.Module):
         self.image_newline = model.model.image_newline
         saliency.receives(self.vision_tower.encoder.layers[-1].self_attn)
 
-    def forward(self, pixel_values: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def see(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """pixel_values [U,3,H,W] -> tokens [U,T,D], features [U,T,Dv], saliency [U,T] of each tile or frame."""
         hidden = self.vision_tower.embeddings(pixel_values)
         features, seen = siglip.through(self.vision_tower.encoder.layers, hidden)  # without the tower's final norm
+        return self.multi_modal_projector(features), features, seen
+
+    def forward(self, pixel_values: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, features, seen = self.see(pixel_values)
         return (
-            in_reading_order(self.multi_modal_projector(features), order, self.image_newline),
+            in_reading_order(tokens, order, self.image_newline),
             in_reading_order(features, order),
             in_reading_order(seen[..., None], order).squeeze(-1),
         )
+
+
+class Videos(nn.Module):
+    """pixel_values [U,3,H,W] of U frames, order [N] -> image_tokens [1,N,D], features [1,N,Dv], saliency [1,N] float32.
+
+    Tokens are pooled to half of their rows and columns, and one newline stands behind all frames.
+    """
+
+    def __init__(self, image: Vision, side: int) -> None:
+        super().__init__()
+        self.image = image
+        # Bilinear, as two products with a constant: the older dialect has no Resize.
+        eye = torch.eye(side, device="cpu")[:, None]
+        self.pooling = functional.interpolate(eye, size=math.ceil(side / 2), mode="linear")[:, 0].t()  # [m,n]
+
+    def forward(self, pixel_values: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, features, seen = self.image.see(pixel_values)
+        return (
+            in_reading_order(self._pooled(tokens), order, self.image.image_newline),
+            in_reading_order(self._pooled(features), order),
+            in_reading_order(self._pooled(seen[..., None]), order).squeeze(-1),
+        )
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """[U,n*n,*] -> [U,m*m,*]"""
+        side, pooling = self.pooling.shape[1], self.pooling.to(x.dtype)
+        rows = pooling @ x.reshape(x.shape[0], side, -1)  # [U,m,n*D]
+        grid = pooling @ rows.unflatten(2, (side, -1))  # [U,m,n,D] -> [U,m,m,D]
+        return grid.flatten(1, 2)
 
 
 def read_config(config: dict[str, Any]) -> LlavaOnevisionConfig:
@@ -115,6 +151,7 @@ def read_config(config: dict[str, Any]) -> LlavaOnevisionConfig:
         ("vision_feature_select_strategy", parsed.vision_feature_select_strategy, ("full",)),
     )
     check_token("image_token_index", parsed.image_token_id, parsed.text_config.vocab_size)
+    check_token("video_token_index", parsed.video_token_id, parsed.text_config.vocab_size)
     _most_tiles(parsed)
     anyres.check_pinpoints(parsed)
     return parsed
@@ -137,7 +174,7 @@ def _most_tiles(config: LlavaOnevisionConfig) -> int:
 
 
 def _canvases(config: LlavaOnevisionConfig, options: VisualOptions) -> anyres.Canvases:
-    options.refuse(NAME, but=["max_tiles"])
+    options.refuse(NAME, but=["max_tiles", "frames"])
     most = _most_tiles(config)
     if options.max_tiles is not None and options.max_tiles > most:
         raise FlashVLMError(
@@ -148,12 +185,20 @@ def _canvases(config: LlavaOnevisionConfig, options: VisualOptions) -> anyres.Ca
 
 
 def vision(model: LlavaOnevisionForConditionalGeneration, spec: VisualSpec) -> nn.Module:
-    return Vision(model)
+    image = Vision(model)
+    return Videos(image, siglip.side(model.config)) if spec.modality == "video" else image
 
 
 def tower_specs(config: LlavaOnevisionConfig, options: VisualOptions) -> list[TowerSpec]:
     canvases = _canvases(config, options)
-    return [siglip.tower_spec(config, anyres.candidates(canvases, siglip.side(config)), anyres.units(canvases))]
+    image = siglip.tower_spec(config, anyres.candidates(canvases, siglip.side(config)), anyres.units(canvases))
+    frames = options.frames
+    return [image, siglip.tower_spec(config, frames * _pooled(config) ** 2 + 1, frames)] if frames else [image]
+
+
+def _pooled(config: LlavaOnevisionConfig) -> int:
+    """Visual tokens along an edge of a frame."""
+    return math.ceil(siglip.side(config) / 2)
 
 
 def visual_specs(config: LlavaOnevisionConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
@@ -163,23 +208,37 @@ def visual_specs(config: LlavaOnevisionConfig, image_processor: Any, options: Vi
         raise CheckpointError("preprocessor_config.json: do_center_crop is on; expected tiles without a crop")
     normal = pixels.normalisation(image_processor)
     red, green, blue = (int(255 * mean) for mean in normal["mean"])
-    return [
-        VisualSpec(
-            graph=VISION,
-            placeholder_id=config.image_token_id,
-            tokens_per_unit=side * side,
-            grid=(side, side),
-            candidates=anyres.candidates(canvases, side),
-            feature_size=config.vision_config.hidden_size,
-            pixels=AnyRes(
-                side=config.vision_config.image_size,
-                pinpoints=anyres.pinpoints(config, canvases),
-                border=(red, green, blue),
-                **normal,
-            ),
-            order="anyres",
-        )
-    ]
+    edge = config.vision_config.image_size
+    image = VisualSpec(
+        graph=VISION,
+        placeholder_id=config.image_token_id,
+        tokens_per_unit=side * side,
+        grid=(side, side),
+        candidates=anyres.candidates(canvases, side),
+        feature_size=config.vision_config.hidden_size,
+        pixels=AnyRes(
+            side=edge,
+            pinpoints=anyres.pinpoints(config, canvases),
+            border=(red, green, blue),
+            **normal,
+        ),
+        order="anyres",
+    )
+    if options.frames is None:
+        return [image]
+    rows, frames = _pooled(config), options.frames
+    video = VisualSpec(
+        modality="video",
+        graph=f"{VISION}-video",
+        placeholder_id=config.video_token_id,
+        tokens_per_unit=rows * rows,
+        grid=(rows, rows),
+        candidates=frames * rows * rows + 1,
+        feature_size=config.vision_config.hidden_size,
+        pixels=Frames(resize="exact", size=(edge, edge), count=frames, min_frames=frames, **normal),
+        newline="end",
+    )
+    return [image, video]
 
 
 def canonical_name(name: str) -> str | None:
