@@ -1,4 +1,4 @@
-"""Video-LLaVA's images equal transformers: the tower for images, and none of the tower for frames."""
+"""Video-LLaVA equals transformers: a tower for images, and one for frames, of which CLS is kept."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from family_proof import FamilyProof, Reference, published, without_video
+from family_proof import Message, Reference, published, without_video
 from test_parity import picture
 from torch import Tensor
 from transformers import VideoLlavaProcessor
+from video_proof import VideoProof
 
 from flashvlm.bundle import Bundle
 from flashvlm.errors import CheckpointError, FlashVLMError
@@ -23,10 +24,11 @@ from flashvlm_export.testing.presets.video_llava import TINY
 from flashvlm_export.testing.presets.video_llava import image_processor as make_processor
 
 
-class TestVideoLlava(FamilyProof):
+class TestVideoLlava(VideoProof):
     family = video_llava
     preset = "tiny-video-llava"
     # Smaller than the tower, cut left and right by an odd number; taller, cut above and below.
+    options = VisualOptions(frames=3)
     images: ClassVar[list[np.ndarray]] = [picture((31, 48), 1), picture((131, 61), 2)]
 
     def processor(self, image_processor: Any, tokenizer: Any) -> Any:
@@ -35,19 +37,46 @@ class TestVideoLlava(FamilyProof):
     def reference_pixels(self, reference: Reference, inputs: Any) -> np.ndarray:
         return np.asarray(inputs["pixel_values_images"])
 
-    def signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
-        pixels = reference.processor.image_processor(image, return_tensors="pt")["pixel_values_images"]
-        tower = reference.model.model.image_tower(pixels, output_attentions=True, output_hidden_states=True)
-        # Block -3 of four: two are behind it, the embedding is the first hidden state.
-        return tower.hidden_states[-3][0, 1:], tower.attentions[-3][0].mean(0)[0, 1:]
+    def visual_rows(self, reference: Reference, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor([512, 513]))
 
-    def test_the_tower_of_frames_is_unused(self, bundle: Path) -> None:
+    def signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Of frames [F,H,W,3], those of CLS too."""
+        model, video = reference.model.model, image.ndim == 4
+        pixels = reference.processor.image_processor([*image] if video else image, return_tensors="pt")
+        tower = model.video_tower if video else model.image_tower
+        seen = tower(pixels["pixel_values_images"], output_attentions=True, output_hidden_states=True)
+        # Block -3 of four: two are behind it, the embedding is the first hidden state.
+        features, saliency = seen.hidden_states[-3], seen.attentions[-3].mean(1)[:, 0]
+        if video:
+            return features.flatten(0, 1), saliency.flatten()
+        return features[0, 1:], saliency[0, 1:]
+
+    def valid(self, reference: Reference, image: np.ndarray, count: int) -> Tensor:
+        if image.ndim == 4:
+            return torch.arange(count) % 26 != 0
+        return super().valid(reference, image, count)
+
+    def shown(self) -> list[int]:
+        return [0, 3, 7]  # of 11, the starts of three parts: 0, 3.7, 7.3
+
+    def video_inputs(self, reference: Reference, messages: list[Message], frames: list[np.ndarray]) -> Any:
+        # VideoLlavaProcessor.replace_video_token: one for each patch of each frame, and for its CLS.
+        rendered = reference.rendered(messages).replace("<video>", "<video>" * (3 * 26))
+        pixels = reference.processor.image_processor(frames, return_tensors="pt")["pixel_values_images"]
+        return {**reference.tokenizer(rendered, return_tensors="pt"), "pixel_values_videos": pixels[None]}
+
+    def test_what_lies_behind_the_features_is_unused(self, bundle: Path) -> None:
         unused = Bundle(bundle).manifest.unused_tensors
-        frames = [name for name in unused if name.startswith("video_tower.")]
-        behind = [name for name in unused if name.startswith("image_tower.")]
-        assert len(frames) == 5 + 4 * 16 + 2  # embeddings and the norm before them, blocks, the norm behind
-        assert len(behind) == 2 * 16 + 2
-        assert len(unused) == len(frames) + len(behind)
+        # Two blocks, and the norm behind them, of either tower.
+        assert len([name for name in unused if name.startswith("video_tower.")]) == 2 * 16 + 2
+        assert len([name for name in unused if name.startswith("image_tower.")]) == 2 * 16 + 2
+        assert len(unused) == 2 * (2 * 16 + 2)
+
+    def test_a_video_has_eight_frames_unless_asked(self) -> None:
+        config = video_llava.read_config(TINY)
+        _, video = video_llava.visual_specs(config, make_processor(70), VisualOptions())
+        assert (video.pixels.max_units, video.candidates, video.skip) == (8, 8 * 26, "cls")
 
 
 @pytest.mark.parametrize(
@@ -69,8 +98,8 @@ def test_variants_are_refused_by_name(change: dict[str, Any], expected: str) -> 
 
 def test_what_the_exporter_cannot_do_is_refused() -> None:
     config = video_llava.read_config(TINY)
-    with pytest.raises(FlashVLMError, match="--frames 8: family video_llava has no videos"):
-        video_llava.tower_specs(config, VisualOptions(frames=8))
+    with pytest.raises(FlashVLMError, match="--max-tiles 2: family video_llava has no tiles"):
+        video_llava.tower_specs(config, VisualOptions(max_tiles=2))
     with pytest.raises(CheckpointError, match=r"crop_size is .*56.*; the vision tower takes 70 x 70"):
         video_llava.visual_specs(config, make_processor(56), VisualOptions())
 
@@ -78,7 +107,7 @@ def test_what_the_exporter_cannot_do_is_refused() -> None:
 def test_planned_parameters() -> None:
     """LLaVA-1.5's at 224 x 224, and a second tower."""
     found = plan(PlanOptions("video-llava-7b", (64,)))
-    assert found.candidates == 256
+    assert found.candidates == 8 * 257
     llava, tower, positions = 7_063_427_072, 303_507_456, (577 - 257) * 1024
     assert found.parameters == llava + tower - 2 * positions
 

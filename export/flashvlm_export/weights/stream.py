@@ -1,7 +1,7 @@
 """Streams weights from a checkpoint into the data files of a bundle, one tensor at a time.
 
-Peak memory is two copies of the largest tensor that is not stored as the checkpoint has it; the rest passes through in
-blocks. Reading and making overlap with hashing and writing, which run on a second thread.
+Peak memory is the largest parameter that is not stored as the checkpoint has it, and two stripes of what is made of it;
+the rest passes through in blocks. Reading and making overlap with hashing and writing, which run on a second thread.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.manifest import FileSpec
 from flashvlm_export.checkpoint import StoredTensor
 from flashvlm_export.dtypes import DTYPES
 from flashvlm_export.weights.layout import DataFile, Place
-from flashvlm_export.weights.recipes import copied
+from flashvlm_export.weights.recipes import copied, transposed
 
 BLOCK = 8 << 20
+STRIPE = 32 << 20
 
 Progress = Callable[[int], None]
 
@@ -114,7 +116,7 @@ def _blocks(data: DataFile) -> Iterator[memoryview | bytes]:
                 _read_exactly(file, raw, source)
                 for place in places:
                     yield bytes(place.offset - position)
-                    yield _made(place, raw, scratch)
+                    yield from _made(place, raw, scratch)
                     position = place.end
             # Its pages are not needed again, and dropping them is cheaper than having the kernel look for victims:
             # a fifth of the time when checkpoint and bundle together outgrow memory.
@@ -136,19 +138,28 @@ def _pieces(source: StoredTensor, file: FileIO, scratch: _Scratch) -> Iterator[m
         yield block
 
 
-def _made(place: Place, raw: memoryview, scratch: _Scratch) -> memoryview:
-    """The bytes of one tensor. Whole: the next one is read and made while this one is hashed and written."""
+def _made(place: Place, raw: memoryview, scratch: _Scratch) -> Iterator[memoryview]:
+    """The bytes of one tensor, in stripes of rows where its recipe makes each of a stripe of the parameter: one is made
+    while the one before it is hashed and written."""
     source, stored = place.source, place.stored
-    ready = scratch.hand_over(stored.nbytes)
     given = torch.frombuffer(raw, dtype=DTYPES[source.dtype].torch).view(source.shape)
-    result = torch.frombuffer(ready, dtype=DTYPES[stored.dtype].torch).view(stored.shape)
-    stored.make(given, result)
-    changed = stored.dtype != source.dtype and result.is_floating_point()
-    if changed and torch.isfinite(given).all() and not torch.isfinite(result).all():
-        raise CheckpointError(
-            f"{source.name} has values beyond {stored.dtype}; export with --dtype bfloat16 or float32"
-        )
-    return ready
+    row = stored.nbytes // stored.shape[0] if stored.shape else stored.nbytes
+    rows = max(1, STRIPE // max(1, row))
+    stripes: Sequence[tuple[Tensor, int]] = [(given, stored.shape[0] if stored.shape else 1)]
+    if stored.make in (copied, transposed) and stored.shape:
+        parts = given.split(rows, dim=int(stored.make is transposed))
+        stripes = [(part, part.shape[int(stored.make is transposed)]) for part in parts]
+    for part, count in stripes:
+        ready = scratch.hand_over(row * count)
+        result = torch.frombuffer(ready, dtype=DTYPES[stored.dtype].torch)
+        result = result.view(count, *stored.shape[1:]) if stored.shape else result.view(())
+        stored.make(part, result)
+        changed = stored.dtype != source.dtype and result.is_floating_point()
+        if changed and torch.isfinite(part).all() and not torch.isfinite(result).all():
+            raise CheckpointError(
+                f"{source.name} has values beyond {stored.dtype}; export with --dtype bfloat16 or float32"
+            )
+        yield ready
 
 
 def _read_exactly(file: FileIO, target: memoryview, source: StoredTensor) -> None:
