@@ -42,13 +42,15 @@ AttentionInterface.register("recording", recording)
 class SizedProof(FamilyProof):
     """sizes: (height, width) in pixels; patch: of the tower, merged 2 x 2."""
 
-    sizes: ClassVar[tuple[tuple[int, int], ...]]
+    sizes: ClassVar[tuple[tuple[int, int], ...]] = ()
     patch: ClassVar[int]
     processor_class: ClassVar[type]
     images: ClassVar[list[np.ndarray]] = [picture((150, 230), 1), picture((300, 210), 2)]
 
+    frames: ClassVar[int | None] = None
+
     def __init_subclass__(cls) -> None:
-        cls.options = VisualOptions(image_sizes=cls.sizes)
+        cls.options = VisualOptions(image_sizes=cls.sizes, frames=cls.frames)
 
     def processor(self, image_processor: Any, tokenizer: Any) -> Any:
         stock = without_video(self.processor_class, image_processor, tokenizer)
@@ -66,18 +68,31 @@ class SizedProof(FamilyProof):
         )
         return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.BICUBIC))
 
+    def patches(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
+        """pixel_values and grid_thw of an image [H,W,3], or of frames [F,H,W,3] two by two."""
+        stock = reference.processor.image_processor
+        if image.ndim == 3:
+            inputs = stock(self.sized(image), return_tensors="pt")
+            return inputs["pixel_values"], inputs["image_grid_thw"]
+        each = [stock(self.sized(frame), return_tensors="pt") for frame in image]
+        _, rows, columns = each[0]["image_grid_thw"][0].tolist()
+        # A patch's values are by channel, frame, row and column; an image stands there twice.
+        split = [one["pixel_values"].unflatten(1, (3, 2, self.patch**2)) for one in each]
+        pairs = [torch.stack([a[:, :, 0], b[:, :, 1]], dim=2) for a, b in zip(split[::2], split[1::2], strict=True)]
+        return torch.cat(pairs).flatten(1), torch.tensor([[len(pairs), rows, columns]])
+
     def tower(self, reference: Reference, image: np.ndarray, block: int) -> tuple[Any, Tensor, Tensor]:
         """What the stock tower returns, the attention weights [T,T] of a block, averaged over heads, and grid_thw."""
         visual = reference.model.model.visual
-        inputs = reference.processor.image_processor(self.sized(image), return_tensors="pt")
+        pixel_values, grid_thw = self.patches(reference, image)
         attention = visual.blocks[block].attn
         before, attention.config = attention.config, copy.copy(attention.config)
         attention.config._attn_implementation_internal = "recording"
         WEIGHTS.clear()
-        found = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        found = visual(pixel_values, grid_thw=grid_thw)
         attention.config = before
         (weights,) = WEIGHTS
-        return found, weights[0].mean(dim=0), inputs["image_grid_thw"]
+        return found, weights[0].mean(dim=0), grid_thw
 
     def test_pixels(self, recorded: Recorded, reference: Reference) -> None:
         seen = set()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from family_proof import STEPS, Reference, published
-from sized_proof import SizedProof
+from sized_video_proof import SizedVideoProof
 from test_parity import Recorded
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
@@ -23,14 +23,22 @@ from flashvlm_export.plan import PlanOptions, plan
 from flashvlm_export.testing.presets.qwen2_5_vl import TINY
 
 
-class TestQwen25VL(SizedProof):
+class TestQwen25VL(SizedVideoProof):
     family = qwen2_5_vl
     preset = "tiny-qwen2.5-vl"
     sizes = ((112, 168), (140, 84))  # 4 x 6 and 5 x 3 tokens, in windows of 2 x 2: those of the second are cut short
     patch = 14
+    frames = 4
+    video_token = "<|video_pad|>"
     processor_class = Qwen2_5_VLProcessor
 
-    def signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
+    def shown(self) -> list[int]:
+        return [0, 2, 5, 8]  # two a second of 11 in 2.2 s: the starts of four parts, 0, 2.75, 5.5, 8.25
+
+    def more_inputs(self) -> dict[str, Any]:
+        return {"second_per_grid_ts": [2 / (4 / 2.2)]}  # two frames a unit, of four in 2.2 s
+
+    def image_signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
         found, weights, grid = self.tower(reference, image, block=1)  # the last whose patches see all others
         window_index, _ = get_vision_window_index(grid, 2, 56, 14)
         reading = torch.argsort(window_index)

@@ -30,6 +30,8 @@ REFUSED = {
 # of a device, with three 18.4 GB (``--plan``). 448 pixels are whole windows and 256 tokens. Pages of print need more of
 # both: --image-size 672x672,784x560,560x784 has some 570 tokens in three shapes.
 SIZES = ((448, 448),)
+# Of a video, as Qwen2VLVideoProcessor has it: two frames a second, from four up.
+RULE: dict[str, Any] = {"rule": "start", "fps": 2.0, "min_frames": 4}
 RENAMES = (
     (r"^visual\.", "model.visual."),
     (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
@@ -166,6 +168,7 @@ def read_config(config: dict[str, Any]) -> Qwen2_5_VLConfig:
     axes.check_sections_of_head(section.rope_parameters.get("mrope_section"), language_spec(parsed).head_dim)
     patches.check_tower(NAME, tower, section.hidden_size)
     check_token("image_token_id", parsed.image_token_id, section.vocab_size)
+    check_token("video_token_id", parsed.video_token_id, section.vocab_size)
     if tower.window_size % (tower.patch_size * tower.spatial_merge_size):
         raise CheckpointError(
             f"config.json: vision_config.window_size is {tower.window_size}; expected a multiple of "
@@ -193,12 +196,17 @@ def tower_specs(config: Qwen2_5_VLConfig, options: VisualOptions) -> list[TowerS
 
 
 def visual_specs(config: Qwen2_5_VLConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
-    return patches.visual_specs(config, image_processor, _cut(config, options))
+    images = patches.visual_specs(config, image_processor, _cut(config, options))
+    if options.frames is None:
+        return images
+    rule = {**RULE, "min_frames": min(options.frames, RULE["min_frames"])}
+    tokens = {"placeholder_id": config.video_token_id, "time_scale": config.vision_config.tokens_per_second}
+    return [*images, *patches.video_specs(images, options.frames, rule, **tokens)]
 
 
 def _cut(config: Qwen2_5_VLConfig, options: VisualOptions) -> patches.Patches:
     tower = config.vision_config
-    return patches.chosen(NAME, options, tower.patch_size, tower.spatial_merge_size, SIZES)
+    return patches.chosen(NAME, options, tower.patch_size, tower.spatial_merge_size, SIZES, videos=True)
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -216,7 +224,8 @@ def language(model: Qwen2_5_VLForConditionalGeneration) -> tuple[nn.Module, nn.M
 
 def vision(model: Qwen2_5_VLForConditionalGeneration, spec: VisualSpec) -> nn.Module:
     _, height, width = spec.pixels.unit_shape
-    return Vision(model, _cut(model.config, VisualOptions()), (height, width))
+    image = Vision(model, _cut(model.config, VisualOptions()), (height, width))
+    return patches.InPairs(image) if spec.modality == "video" else image
 
 
 def canonical_name(name: str) -> str | None:

@@ -6,7 +6,7 @@ token stand side by side: tokens in rows, and in each token its patches in rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.graph_io import VISION
-from flashvlm.tilings import Single
+from flashvlm.tilings import Frames, Single
 from flashvlm.visual import VisualSpec
 from flashvlm_export.families.common import pixels
+from flashvlm_export.families.common.tiles import in_reading_order
 from flashvlm_export.families.contract import TowerSpec, VisualOptions
 
 FRAMES: Literal[2] = 2  # that one patch spans: an image stands there twice
@@ -29,11 +30,13 @@ Size = tuple[int, int]  # (height, width)
 
 @dataclass(frozen=True)
 class Patches:
-    """How a tower of these sizes cuts images. patch: an edge in pixels; merge: m; sizes: (height, width) in pixels."""
+    """How a tower of these sizes cuts images. patch: an edge in pixels; merge: m; sizes: (height, width) in pixels;
+    frames: of a video at most, None without videos."""
 
     patch: int
     merge: int
     sizes: tuple[Size, ...]
+    frames: int | None = None
 
     def grid(self, size: Size) -> tuple[int, int]:
         """Rows and columns of patches."""
@@ -45,9 +48,15 @@ class Patches:
         return rows // self.merge, columns // self.merge
 
 
-def chosen(family: str, options: VisualOptions, patch: int, merge: int, default: tuple[Size, ...]) -> Patches:
+def chosen(
+    family: str, options: VisualOptions, patch: int, merge: int, default: tuple[Size, ...], videos: bool = False
+) -> Patches:
     """Raises FlashVLMError for sizes that are not whole tokens, and for anything else that was asked for."""
-    options.refuse(family, but=["image_sizes"])
+    options.refuse(family, but=["image_sizes", "frames"] if videos else ["image_sizes"])
+    if (options.frames or 0) % FRAMES:
+        raise FlashVLMError(
+            f"--frames {options.frames}: expected an even number, as family {family} reads them in pairs"
+        )
     factor = patch * merge
     for height, width in options.image_sizes:
         if height % factor or width % factor or not 0 < min(height, width) <= max(height, width) <= MAX_EDGE:
@@ -56,7 +65,7 @@ def chosen(family: str, options: VisualOptions, patch: int, merge: int, default:
                 f"--image-size {height}x{width}: expected multiples of {factor} up to {MAX_EDGE}, the edge of a visual "
                 f"token of family {family}, such as {near}"
             )
-    return Patches(patch, merge, tuple(dict.fromkeys(options.image_sizes)) or default)
+    return Patches(patch, merge, tuple(dict.fromkeys(options.image_sizes)) or default, options.frames)
 
 
 def check_tower(family: str, tower: Any, hidden: int) -> None:
@@ -93,19 +102,21 @@ def check_blocks(name: str, tower: Any) -> None:
 
 def tower_specs(tower: Any, patches: Patches) -> list[TowerSpec]:
     specs = []
-    for size in patches.sizes:
-        rows, columns = patches.tokens(size)
-        specs.append(
-            TowerSpec(
-                tokens=rows * columns * patches.merge**2,
-                width=tower.hidden_size,
-                heads=tower.num_heads,
-                intermediate=tower.intermediate_size,
-                pixels=3 * FRAMES * size[0] * size[1],
-                candidates=rows * columns,
-                features=tower.hidden_size,
+    for units in (1, (patches.frames or 0) // FRAMES):
+        for size in patches.sizes if units else ():
+            rows, columns = patches.tokens(size)
+            specs.append(
+                TowerSpec(
+                    tokens=rows * columns * patches.merge**2,
+                    width=tower.hidden_size,
+                    heads=tower.num_heads,
+                    intermediate=tower.intermediate_size,
+                    pixels=3 * FRAMES * size[0] * size[1],
+                    candidates=units * rows * columns,
+                    features=tower.hidden_size,
+                    units=units,
+                )
             )
-        )
     return specs
 
 
@@ -136,6 +147,41 @@ def visual_specs(config: Any, image_processor: Any, patches: Patches) -> list[Vi
             )
         )
     return specs
+
+
+def video_specs(images: Sequence[VisualSpec], frames: int, rule: Mapping[str, Any], **more: Any) -> list[VisualSpec]:
+    """For videos of up to ``frames``, one for each size of images: two frames a unit, each pair seen by itself.
+
+    rule: how frames are chosen (``Frames``); more: fields of the spec that are not those of an image.
+    """
+    specs = []
+    for image in images:
+        cut = Frames(**dict(image.pixels) | {"tiling": "frames", "count": frames, "multiple": FRAMES} | dict(rule))
+        changes = {
+            "modality": "video",
+            "graph": image.graph.replace(VISION, f"{VISION}-video", 1),
+            "candidates": cut.max_units * image.tokens_per_unit,
+            "pixels": cut,
+        }
+        specs.append(VisualSpec.model_validate(dict(image) | changes | more))
+    return specs
+
+
+class InPairs(nn.Module):
+    """The module of an image over U pairs of frames: pixel_values [U,6,H,W], order [N] -> each [1,N,*]."""
+
+    def __init__(self, image: nn.Module) -> None:
+        super().__init__()
+        self.image = image
+
+    def forward(self, pixel_values: Tensor, order: Tensor) -> tuple[Tensor, ...]:
+        image_tokens, features, saliency, *streams = self.image(pixel_values)
+        return (
+            in_reading_order(image_tokens, order),
+            in_reading_order(features, order),
+            in_reading_order(saliency[..., None], order).squeeze(-1),
+            *(in_reading_order(stream, order) for stream in streams),
+        )
 
 
 def places(rows: int, columns: int, merge: int) -> Tensor:
