@@ -63,6 +63,7 @@ def with_vision(**change: Any) -> dict[str, Any]:
 NESTED = {
     "model_type": "qwen2_5_vl",
     "image_token_id": TINY["image_token_id"],
+    "video_token_id": TINY["video_token_id"],
     "tie_word_embeddings": True,
     "vision_config": TINY["vision_config"] | {"model_type": "qwen2_5_vl"},
     "text_config": {

@@ -112,7 +112,10 @@ class Vision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden = self.embedding(pixel_values)
-        between = (self.table(self.corners) * self.nearness[..., None]).sum(dim=1)  # [T,Dv]
+        # For each image anew: of constants alone, runtimes would compute all four of a patch when they load the graph,
+        # and keep the result; what they may is bounded (``flashvlm.graph_check``).
+        corners = self.corners.expand(hidden.shape[0], -1, -1)
+        between = (self.table(corners) * self.nearness[..., None]).sum(dim=2)  # [B,T,Dv]
         hidden = hidden + between.to(hidden.dtype)
         rotary = self.rotary(self.places)
         streams, weights = [], hidden

@@ -98,7 +98,7 @@ def language_spec(config: Any, **more: Any) -> LanguageSpec:
 
 
 def refuse_float16(family: str, config: Any, dtype: torch.dtype) -> None:
-    """For families whose activations were seen to overflow: float16 ends at 65,504, bfloat16 nearly where float32 does.
+    """For families whose activations are reported to overflow: float16 ends at 65,504, bfloat16 where float32 does.
 
     A checkpoint that says it is float16 was made so on purpose.
 
@@ -108,7 +108,7 @@ def refuse_float16(family: str, config: Any, dtype: torch.dtype) -> None:
     stored = config.dtype or config.text_config.dtype
     if dtype is torch.float16 and stored is torch.bfloat16:
         raise CheckpointError(
-            f"--dtype float16: activations of family {family} overflow there, as its weights were trained in bfloat16; "
+            f"--dtype float16: activations of family {family} may overflow, as its weights were trained in bfloat16; "
             f"use --dtype bfloat16, or float32 where a device has none"
         )
 
