@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from family_proof import QUESTION, FamilyProof, Message, Recorded, Reference, published
+from family_proof import QUESTION, Message, Recorded, Reference, published
 from test_parity import picture
 from torch import Tensor
 from transformers import AutoImageProcessor, LlavaOnevisionProcessor
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+from video_proof import VideoProof
 
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.images import load_image
@@ -39,7 +40,7 @@ class Processor(LlavaOnevisionProcessor):
         return super().__call__(images=[images] if images else None, **more)
 
 
-class TestLlavaOneVision(FamilyProof):
+class TestLlavaOneVision(VideoProof):
     family = llava_onevision
     preset = "tiny-llava-onevision"
     # Two tiles, most of them padding; 2 x 2 of them; three above each other; smaller than a tile.
@@ -49,6 +50,7 @@ class TestLlavaOneVision(FamilyProof):
         picture((180, 50), 3),
         picture((20, 33), 4),
     ]
+    options = VisualOptions(frames=3)
     several = False  # whether ``signals`` and ``valid`` are of one of several images
 
     def processor(self, image_processor: Any, tokenizer: Any) -> Any:
@@ -61,7 +63,35 @@ class TestLlavaOneVision(FamilyProof):
         self.several = len(images) > 1
         return super().chosen(reference, messages, images, inputs, counts, budget)
 
+    def shown(self) -> list[int]:
+        return [0, 3, 7]  # of 11, the starts of three parts: 0, 3.7, 7.3
+
+    def visual_rows(self, reference: Reference, ids: Tensor) -> Tensor:
+        config = reference.model.config
+        return torch.isin(ids, torch.tensor([config.image_token_id, config.video_token_id]))
+
+    def video_inputs(self, reference: Reference, messages: list[Message], frames: list[np.ndarray]) -> Any:
+        # LlavaOnevisionProcessor.replace_video_token: 4 x 4 tokens a frame, and a newline.
+        rendered = reference.rendered(messages).replace("<video>", "<video>" * (3 * 16 + 1))
+        return {**reference.tokenizer(rendered, return_tensors="pt"), "pixel_values_videos": self.seen(frames)[None]}
+
+    def seen(self, frames: Any) -> Tensor:
+        """[F,3,H,W]: each frame resized as an image's thumbnail."""
+        stock = make_processor(SIDE, PINPOINTS)
+        return torch.stack([stock([[frame]], return_tensors="pt")["pixel_values"][0][0] for frame in frames])
+
+    def video_signals(self, reference: Reference, frames: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pooled as the tokens are; zeros for the newline behind all."""
+        model = reference.model.model
+        tower = model.vision_tower(self.seen(frames), output_attentions=True, output_hidden_states=True)
+        received = tower.attentions[-1].mean((1, 2))[..., None]
+        pooled = [model.apply_pooling(x).flatten(0, 1) for x in (tower.hidden_states[-1], received)]
+        features, saliency = (torch.cat([x, torch.zeros(1, x.shape[1])]) for x in pooled)
+        return features, saliency[:, 0]
+
     def signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
+        if image.ndim == 4:
+            return self.video_signals(reference, image)
         images = [[image, image]] if self.several else [[image]]
         units = reference.processor.image_processor(images, return_tensors="pt")["pixel_values"][0]
         tower = reference.model.model.vision_tower(units, output_attentions=True, output_hidden_states=True)
@@ -69,6 +99,8 @@ class TestLlavaOneVision(FamilyProof):
         return self.packed(reference, image, tower.hidden_states[-1]), self.packed(reference, image, received)[:, 0]
 
     def valid(self, reference: Reference, image: np.ndarray, count: int) -> Tensor:
+        if image.ndim == 4:
+            return torch.arange(count) < count - 1
         units = 1 if self.several else image_size_to_num_patches(list(image.shape[:2]), PINPOINTS, SIDE)
         return self.packed(reference, image, torch.ones(units, 64, 1))[:, 0] > 0
 
@@ -81,7 +113,7 @@ class TestLlavaOneVision(FamilyProof):
     @pytest.mark.parametrize("number", range(4))
     def test_one_image_alone(self, number: int, recorded: Recorded, reference: Reference) -> None:
         image = self.images[number]
-        (spec,) = recorded.pipeline.bundle.manifest.visual
+        spec, _ = recorded.pipeline.bundle.manifest.visual
         found, _ = tile(load_image(image), spec.pixels)
         units = reference.processor.image_processor([[image]], return_tensors="np")["pixel_values"][0]
         np.testing.assert_array_equal(found, units)

@@ -12,11 +12,12 @@ from flashvlm_export.testing.tokenizer import make_byte_level_tokenizer
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>", "<video>")
 NAMED = {"image_token": "<image>", "video_token": "<video>"}
 TEXT_TOKENS = 512
-# Images stand before all text of their turn, whatever the order of its parts.
+# Images and videos stand before all text of their turn, whatever the order of its parts.
 TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + ' ' -}}
 {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'video' -%}{{- '<video>' -}}{%- endfor -%}
 {%- for part in message['content'] if part['type'] == 'text' -%}{{- '\\n' + part['text'] -}}{%- endfor -%}
 {{- '<|im_end|>' -}}
 {%- endfor -%}
