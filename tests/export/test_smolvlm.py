@@ -9,12 +9,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from family_proof import FamilyProof, Reference, published, without_video
-from test_parity import picture
+from family_proof import FamilyProof, Message, Reference, published, without_video
+from test_parity import Recorded, picture
 from torch import Tensor
 from transformers import Idefics3Processor, SmolVLMProcessor
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from video_proof import VideoProof
 
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm_export.families import idefics3, smolvlm
@@ -27,18 +28,24 @@ from flashvlm_export.testing.presets.smolvlm import TINY, image_processor
 SIDE, FACTOR = 25, 5  # patches along an edge of a tile, and of a visual token
 
 
-class TestSmolVLM(FamilyProof):
-    family = smolvlm
-    preset = "tiny-smolvlm"
+class Tower:
+    """What both families share: the images, and what their tower gives."""
+
     # Two tiles side by side; two by two; two above each other.
     images: ClassVar[list[np.ndarray]] = [picture((60, 130), 1), picture((99, 101), 2), picture((150, 40), 3)]
 
-    def processor(self, image_processor: Any, tokenizer: Any) -> Any:
-        with patch.object(processing_smolvlm, "num2words", str):  # it spells the frames of a video
-            return without_video(SmolVLMProcessor, image_processor, tokenizer, None, image_seq_len=25)
+    def units(self, reference: Reference, image: np.ndarray) -> Tensor:
+        units: Tensor = reference.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        return units
+
+    def frames(self, reference: Reference, frames: Any) -> Tensor:
+        """[F,3,H,W]: each frame as an image that is not cut, its longer edge that of a tile."""
+        whole = {"do_image_splitting": False, "size": {"longest_edge": 76}, "return_tensors": "pt"}
+        stock = reference.processor.image_processor
+        return torch.cat([stock(frame, **whole)["pixel_values"][0] for frame in frames])
 
     def signals(self, reference: Reference, image: np.ndarray) -> tuple[Tensor, Tensor]:
-        units = reference.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        units = self.frames(reference, image) if image.ndim == 4 else self.units(reference, image)
         tower = reference.model.model.vision_model(units, output_attentions=True)
         features, saliency = [], []
         for patches, weights in zip(tower.last_hidden_state, tower.attentions[-1], strict=True):
@@ -51,8 +58,38 @@ class TestSmolVLM(FamilyProof):
         return torch.stack(features), torch.stack(saliency)
 
 
+class TestSmolVLM(Tower, VideoProof):
+    family = smolvlm
+    preset = "tiny-smolvlm"
+    options = VisualOptions(frames=3)
+    fps = 2.75
+
+    def processor(self, image_processor: Any, tokenizer: Any) -> Any:
+        with patch.object(processing_smolvlm, "num2words", str):  # it spells the frames of a video
+            return without_video(SmolVLMProcessor, image_processor, tokenizer, None, image_seq_len=25)
+
+    def shown(self) -> list[int]:
+        return [0, 5, 10]  # no more than three of 11 in four seconds, from the first to the last
+
+    def video_inputs(self, reference: Reference, messages: list[Message], frames: list[np.ndarray]) -> Any:
+        # SmolVLMProcessor.replace_video_token.
+        run = f"<fake_token_around_image><global-img>{'<image>' * 25}<fake_token_around_image>"
+        head = "You are provided the following series of three frames from a 0:00:04 [H:MM:SS] video.\n"
+        each = "".join(f"\nFrame from {time}:{run}" for time in ("00:00", "00:01", "00:03"))
+        rendered = reference.rendered(messages).replace("<video>", f"{head}{each}\n\n")
+        return {
+            **reference.tokenizer(rendered, return_tensors="pt"),
+            "pixel_values": self.frames(reference, frames)[None],
+        }
+
+    def test_video_with_too_few_frames(self, recorded: Recorded) -> None:
+        """One is enough."""
+        answer = recorded.chat(self.messages(self.video[:1]), budget="all", max_new_tokens=1)
+        assert [selection.count for selection in answer.selections] == [25]
+
+
 @pytest.mark.thorough  # the same modules of the same sizes
-class TestIdefics3(TestSmolVLM):
+class TestIdefics3(Tower, FamilyProof):
     family = idefics3
     preset = "tiny-idefics3"
 

@@ -14,7 +14,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddi
 
 from flashvlm.errors import CheckpointError, FlashVLMError
 from flashvlm.graph_io import VISION
-from flashvlm.tilings import LongestEdge
+from flashvlm.tilings import Frames, LongestEdge
 from flashvlm.visual import TextLayout, VisualSpec
 from flashvlm_export.config_bounds import checked_config
 from flashvlm_export.families.common import names, pixels, saliency, siglip
@@ -35,6 +35,11 @@ TEXT = TextLayout(
     tile=f"{BORDER}<row_{{r}}_col_{{c}}>{{v}}",
     row_end="\n",
     last=f"\n{BORDER}{WHOLE}{{v}}{BORDER}",
+)
+VIDEO_TEXT = TextLayout(
+    head="You are provided the following series of {words} frames from a {hms} [H:MM:SS] video.\n",
+    frame=f"\nFrame from {{mmss}}:{BORDER}{WHOLE}{{v}}{BORDER}",
+    end="\n\n",
 )
 TILES = 4  # along the longer edge of an image, as published
 
@@ -187,7 +192,8 @@ def vision(model: Idefics3ForConditionalGeneration, spec: VisualSpec) -> nn.Modu
 def _tiles(config: Any, options: VisualOptions) -> int | None:
     """Along the longer edge of an image, where they are asked for. Raises FlashVLMError for a number that is no
     square."""
-    options.refuse(config.model_type, but=["max_tiles"])
+    videos = ["frames"] if config.model_type == SmolVLMConfig.model_type else []  # the first ones saw none
+    options.refuse(config.model_type, but=["max_tiles", *videos])
     if options.max_tiles is None:
         return None
     edge = math.isqrt(options.max_tiles)
@@ -202,7 +208,8 @@ def _tiles(config: Any, options: VisualOptions) -> int | None:
 def tower_specs(config: Any, options: VisualOptions) -> list[TowerSpec]:
     tiles = _tiles(config, options) or TILES
     units = tiles * tiles + (tiles > 1)
-    return [siglip.tower_spec(config, units * _rows(config) ** 2, units)]
+    items = [units, options.frames] if options.frames else [units]
+    return [siglip.tower_spec(config, count * _rows(config) ** 2, count) for count in items]
 
 
 def visual_specs(config: Any, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
@@ -214,19 +221,31 @@ def visual_specs(config: Any, image_processor: Any, options: VisualOptions) -> l
             f"preprocessor_config.json: max_image_size is {found}; the vision tower takes {side} x {side}"
         )
     edge = pixels.longest_edge(image_processor.size, "size")
-    grid = LongestEdge(side=side, edge=tiles * side if tiles else edge, **pixels.normalisation(image_processor))
-    return [
-        VisualSpec(
-            graph=VISION,
-            placeholder_id=config.image_token_id,
-            tokens_per_unit=rows * rows,
-            grid=(rows, rows),
-            candidates=grid.max_units * rows * rows,
-            feature_size=config.vision_config.hidden_size,
-            pixels=grid,
-            text=TEXT,
-        )
-    ]
+    normal = pixels.normalisation(image_processor)
+    grid = LongestEdge(side=side, edge=tiles * side if tiles else edge, **normal)
+    image = VisualSpec(
+        graph=VISION,
+        placeholder_id=config.image_token_id,
+        tokens_per_unit=rows * rows,
+        grid=(rows, rows),
+        candidates=grid.max_units * rows * rows,
+        feature_size=config.vision_config.hidden_size,
+        pixels=grid,
+        text=TEXT,
+    )
+    if options.frames is None:
+        return [image]
+    # As published: one frame a second, its longer edge that of a tile.
+    frames = Frames(resize="longest_edge", size=(side, side), count=options.frames, rule="inside", fps=1.0, **normal)
+    changes = {
+        "modality": "video",
+        "graph": f"{VISION}-video",
+        "marker": "<video>",
+        "candidates": options.frames * rows * rows,
+        "pixels": frames,
+        "text": VIDEO_TEXT,
+    }
+    return [image, VisualSpec.model_validate(dict(image) | changes)]
 
 
 def canonical_name(name: str) -> str | None:

@@ -30,6 +30,7 @@ TEMPLATE = """\
 {{- ':' if message['content'][0]['type'] == 'image' else ': ' -}}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}{{- '<image>' -}}
+{%- elif part['type'] == 'video' -%}{{- '<video>' -}}
 {%- elif part['type'] == 'text' -%}{{- part['text'] -}}
 {%- endif -%}
 {%- endfor -%}
