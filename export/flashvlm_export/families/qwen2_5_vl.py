@@ -201,7 +201,7 @@ def visual_specs(config: Qwen2_5_VLConfig, image_processor: Any, options: Visual
         return images
     rule = {**RULE, "min_frames": min(options.frames, RULE["min_frames"])}
     tokens = {"placeholder_id": config.video_token_id, "time_scale": config.vision_config.tokens_per_second}
-    return [*images, *patches.video_specs(images, options.frames, rule, **tokens)]
+    return [*images, patches.video_spec(images[0], options.frames, rule, **tokens)]
 
 
 def _cut(config: Qwen2_5_VLConfig, options: VisualOptions) -> patches.Patches:

@@ -191,7 +191,7 @@ def visual_specs(config: Qwen3VLConfig, image_processor: Any, options: VisualOpt
         return images
     rule = {**RULE, "min_frames": min(options.frames, RULE["min_frames"])}
     tokens = {"placeholder_id": config.video_token_id, "text": VIDEO_TEXT}
-    return [*images, *patches.video_specs(images, options.frames, rule, **tokens)]
+    return [*images, patches.video_spec(images[0], options.frames, rule, **tokens)]
 
 
 def _cut(config: Qwen3VLConfig, options: VisualOptions) -> patches.Patches:

@@ -102,21 +102,23 @@ def check_blocks(name: str, tower: Any) -> None:
 
 def tower_specs(tower: Any, patches: Patches) -> list[TowerSpec]:
     specs = []
-    for units in (1, (patches.frames or 0) // FRAMES):
-        for size in patches.sizes if units else ():
-            rows, columns = patches.tokens(size)
-            specs.append(
-                TowerSpec(
-                    tokens=rows * columns * patches.merge**2,
-                    width=tower.hidden_size,
-                    heads=tower.num_heads,
-                    intermediate=tower.intermediate_size,
-                    pixels=3 * FRAMES * size[0] * size[1],
-                    candidates=units * rows * columns,
-                    features=tower.hidden_size,
-                    units=units,
-                )
+    items = [(1, size) for size in patches.sizes]
+    if patches.frames:
+        items.append((patches.frames // FRAMES, patches.sizes[0]))
+    for units, size in items:
+        rows, columns = patches.tokens(size)
+        specs.append(
+            TowerSpec(
+                tokens=rows * columns * patches.merge**2,
+                width=tower.hidden_size,
+                heads=tower.num_heads,
+                intermediate=tower.intermediate_size,
+                pixels=3 * FRAMES * size[0] * size[1],
+                candidates=units * rows * columns,
+                features=tower.hidden_size,
+                units=units,
             )
+        )
     return specs
 
 
@@ -149,22 +151,20 @@ def visual_specs(config: Any, image_processor: Any, patches: Patches) -> list[Vi
     return specs
 
 
-def video_specs(images: Sequence[VisualSpec], frames: int, rule: Mapping[str, Any], **more: Any) -> list[VisualSpec]:
-    """For videos of up to ``frames``, one for each size of images: two frames a unit, each pair seen by itself.
+def video_spec(image: VisualSpec, frames: int, rule: Mapping[str, Any], **more: Any) -> VisualSpec:
+    """For videos of up to ``frames``, at the first size of images alone: each graph is an engine with all the tower's
+    weights. Two frames a unit, each pair seen by itself.
 
     rule: how frames are chosen (``Frames``); more: fields of the spec that are not those of an image.
     """
-    specs = []
-    for image in images:
-        cut = Frames(**dict(image.pixels) | {"tiling": "frames", "count": frames} | dict(rule))
-        changes = {
-            "modality": "video",
-            "graph": image.graph.replace(VISION, f"{VISION}-video", 1),
-            "candidates": cut.max_units * image.tokens_per_unit,
-            "pixels": cut,
-        }
-        specs.append(VisualSpec.model_validate(dict(image) | changes | more))
-    return specs
+    cut = Frames(**dict(image.pixels) | {"tiling": "frames", "count": frames} | dict(rule))
+    changes = {
+        "modality": "video",
+        "graph": f"{VISION}-video",
+        "candidates": cut.max_units * image.tokens_per_unit,
+        "pixels": cut,
+    }
+    return VisualSpec.model_validate(dict(image) | changes | more)
 
 
 class InPairs(nn.Module):
