@@ -51,6 +51,7 @@ TIERS = {
     "runtime/test_tensorrt_session_calls.py": "engines",
     "scripts": "commands",
     "test_imports.py": "unit",
+    "scripts/test_models.py": "graph",
     "scripts/test_scenes.py": "unit",
     "test_tiers.py": "unit",
 }
