@@ -30,8 +30,8 @@ REFUSED = {
 # of a device, with three 18.4 GB (``--plan``). 448 pixels are whole windows and 256 tokens. Pages of print need more of
 # both: --image-size 672x672,784x560,560x784 has some 570 tokens in three shapes.
 SIZES = ((448, 448),)
-# Of a video, as Qwen2VLVideoProcessor has it: two frames a second, from four up.
-RULE: dict[str, Any] = {"rule": "start", "fps": 2.0, "min_frames": 4, "multiple": patches.FRAMES}
+# Of a video, as Qwen2VLVideoProcessor has it: how frames are chosen.
+RULE: dict[str, Any] = {"rule": "start", "multiple": patches.FRAMES}
 RENAMES = (
     (r"^visual\.", "model.visual."),
     (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
@@ -196,12 +196,9 @@ def tower_specs(config: Qwen2_5_VLConfig, options: VisualOptions) -> list[TowerS
 
 
 def visual_specs(config: Qwen2_5_VLConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
-    images = patches.visual_specs(config, image_processor, _cut(config, options))
-    if options.frames is None:
-        return images
-    rule = {**RULE, "min_frames": min(options.frames, RULE["min_frames"])}
-    tokens = {"placeholder_id": config.video_token_id, "time_scale": config.vision_config.tokens_per_second}
-    return [*images, patches.video_spec(images[0], options.frames, rule, **tokens)]
+    return patches.visual_specs(
+        config, image_processor, _cut(config, options), RULE, time_scale=config.vision_config.tokens_per_second
+    )
 
 
 def _cut(config: Qwen2_5_VLConfig, options: VisualOptions) -> patches.Patches:

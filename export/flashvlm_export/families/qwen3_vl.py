@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 NAME = "qwen3_vl"
 ALIASES = {f"qwen3-vl-{size}": f"Qwen/Qwen3-VL-{size.upper()}-Instruct" for size in ("2b", "4b", "8b", "32b")}
-# Of a video, as Qwen3VLVideoProcessor has it: two frames a second, from four up; each pair with its time before it.
-RULE: dict[str, Any] = {"rule": "ends", "fps": 2.0, "min_frames": 4}
+# Of a video, as Qwen3VLVideoProcessor has it: how frames are chosen; each pair with its time before it.
+RULE: dict[str, Any] = {"rule": "ends"}
 VIDEO_TEXT = TextLayout(frame="<{seconds} seconds><|vision_start|>{v}<|vision_end|>")
 REFUSED = {"qwen3_vl_moe": "it is a mixture of experts, for which the decoder graph has no routing; take a dense one"}
 SIZES = ((512, 512),)  # 256 tokens, for the same reasons as Qwen2.5-VL's
@@ -186,12 +186,7 @@ def tower_specs(config: Qwen3VLConfig, options: VisualOptions) -> list[TowerSpec
 
 
 def visual_specs(config: Qwen3VLConfig, image_processor: Any, options: VisualOptions) -> list[VisualSpec]:
-    images = patches.visual_specs(config, image_processor, _cut(config, options))
-    if options.frames is None:
-        return images
-    rule = {**RULE, "min_frames": min(options.frames, RULE["min_frames"])}
-    tokens = {"placeholder_id": config.video_token_id, "text": VIDEO_TEXT}
-    return [*images, patches.video_spec(images[0], options.frames, rule, **tokens)]
+    return patches.visual_specs(config, image_processor, _cut(config, options), RULE, text=VIDEO_TEXT)
 
 
 def _cut(config: Qwen3VLConfig, options: VisualOptions) -> patches.Patches:

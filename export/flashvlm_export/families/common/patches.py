@@ -24,6 +24,7 @@ from flashvlm_export.families.common.tiles import in_reading_order
 from flashvlm_export.families.contract import TowerSpec, VisualOptions
 
 FRAMES: Literal[2] = 2  # that one patch spans: an image stands there twice
+MIN_FRAMES = 4  # of a video, if there are as many, in transformers' video processors of Qwen
 MAX_EDGE = 4096  # pixels, of a bundle's images
 Size = tuple[int, int]  # (height, width)
 
@@ -122,8 +123,14 @@ def tower_specs(tower: Any, patches: Patches) -> list[TowerSpec]:
     return specs
 
 
-def visual_specs(config: Any, image_processor: Any, patches: Patches) -> list[VisualSpec]:
-    """One for each size: transformers resizes to about as many pixels as the image has, a graph to its own size."""
+def visual_specs(
+    config: Any, image_processor: Any, patches: Patches, rule: Mapping[str, Any], **video: Any
+) -> list[VisualSpec]:
+    """Of images one for each size: transformers resizes to about as many pixels as the image has, a graph to its own
+    size. Of videos one at the first size, where there are ``frames``.
+
+    rule: how frames are chosen, two a second; video: fields of its spec that are not those of an image.
+    """
     tower = config.vision_config
     for name, expected in (
         ("patch_size", patches.patch),
@@ -148,23 +155,23 @@ def visual_specs(config: Any, image_processor: Any, patches: Patches) -> list[Vi
                 positions="mrope",
             )
         )
+    if patches.frames:
+        specs.append(_video_spec(specs[0], patches.frames, rule, {"placeholder_id": config.video_token_id, **video}))
     return specs
 
 
-def video_spec(image: VisualSpec, frames: int, rule: Mapping[str, Any], **more: Any) -> VisualSpec:
-    """For videos of up to ``frames``, at the first size of images alone: each graph is an engine with all the tower's
-    weights. Two frames a unit, each pair seen by itself.
-
-    rule: how frames are chosen (``Frames``); more: fields of the spec that are not those of an image.
-    """
-    cut = Frames(**dict(image.pixels) | {"tiling": "frames", "count": frames} | dict(rule))
+def _video_spec(image: VisualSpec, frames: int, rule: Mapping[str, Any], more: Mapping[str, Any]) -> VisualSpec:
+    """For videos of up to ``frames``, at one size alone: each graph is an engine with all the tower's weights. Two
+    frames a unit, each pair seen by itself."""
+    chosen = {"fps": 2.0, "min_frames": min(frames, MIN_FRAMES), **rule}
+    cut = Frames(**dict(image.pixels) | {"tiling": "frames", "count": frames} | chosen)
     changes = {
         "modality": "video",
         "graph": f"{VISION}-video",
         "candidates": cut.max_units * image.tokens_per_unit,
         "pixels": cut,
     }
-    return VisualSpec.model_validate(dict(image) | changes | more)
+    return VisualSpec.model_validate(dict(image) | changes | dict(more))
 
 
 class InPairs(nn.Module):
